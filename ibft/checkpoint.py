@@ -1,0 +1,192 @@
+"""What a run leaves on disk: checkpoints to resume from, and the final adapter. Nothing is ever half-written.
+
+A folder is written under a temporary name and renamed when it is whole, so that whatever bears its final name is.
+"""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import PreTrainedTokenizerBase
+
+from ibft.engine import Engine
+from ibft.errors import InputError
+from ibft.model import IBModel
+
+RECORD_NAME = "ibft.json"
+METRICS_NAME = "metrics.jsonl"
+_STATE_NAME = "state.pt"
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+# A run continues the same whatever these are.
+_FREE_TO_CHANGE = {
+    *("output_dir", "overwrite", "resume", "save_strategy", "save_steps", "save_total_limit", "logging_steps"),
+    *("report_to", "run_name", "num_proc", "ddp_timeout", "debug"),
+    # Where things came from: what was in them is compared.
+    *("base_model", "dataset", "training_config", "adapter_config", "preset"),
+}
+
+
+def prepare_output(folder: Path, *, overwrite: bool, resume: bool) -> None:
+    """Refuses a folder that holds a run, unless told otherwise; makes it, and checks that it can be written to.
+
+    Raises InputError. Removes nothing: see `clear_output`.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"output_dir {folder} is a file; name a folder.")
+    if resume and not checkpoints(folder):
+        raise InputError(f"--resume: there is no checkpoint in {folder} to continue from.")
+    if not overwrite:
+        if (folder / RECORD_NAME).exists():
+            raise InputError(f"output_dir {folder} holds a finished run; choose another, or pass --overwrite.")
+        if not resume and (checkpoints(folder) or (folder / METRICS_NAME).exists()):
+            raise InputError(
+                f"output_dir {folder} holds an unfinished run; pass --resume, or --overwrite to start over."
+            )
+        if not resume and (folder / "adapter_config.json").exists():
+            raise InputError(f"output_dir {folder} holds another adapter; choose another, or pass --overwrite.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".write-test"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"output_dir {folder} cannot be written to: {error.strerror}.") from error
+
+
+def clear_output(folder: Path) -> None:
+    """Removes an earlier run's checkpoints, metrics and record; called once the new run is sure to start."""
+    for checkpoint in checkpoints(folder):
+        shutil.rmtree(checkpoint)
+    for name in (METRICS_NAME, RECORD_NAME):
+        (folder / name).unlink(missing_ok=True)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints in a run's folder, oldest step first."""
+    if not folder.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _CHECKPOINT.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    engine: Engine,
+    model: IBModel,
+    optimizer: Optimizer,
+    schedule: LRScheduler,
+    run: dict[str, Any],
+    keep: int | None,
+) -> None:
+    """Writes checkpoint-<step> (steps done) on all ranks together, then removes the oldest beyond `keep`.
+
+    `run` is what a resumed run must match: see `load_checkpoint`.
+    """
+    target, partial = folder / f"checkpoint-{step}", folder / f".checkpoint-{step}.partial"
+    if engine.is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    engine.barrier()
+    torch.save(_rng_state(engine), partial / f"rng_{engine.rank}.pt")
+    engine.barrier()
+    if engine.is_main:
+        model.save_pretrained(partial)
+        state = {"step": step, "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "run": run}
+        torch.save(state, partial / _STATE_NAME)
+        if target.exists():
+            shutil.rmtree(target)
+        partial.rename(target)
+        for old in checkpoints(folder)[: -keep or None] if keep is not None else []:
+            shutil.rmtree(old)
+    engine.barrier()
+
+
+def load_checkpoint(
+    checkpoint: Path,
+    engine: Engine,
+    model: IBModel,
+    optimizer: Optimizer,
+    schedule: LRScheduler,
+    run: dict[str, Any],
+) -> int:
+    """Restores everything from a checkpoint; returns the steps done.
+
+    Raises InputError when configuration or data differ in what shapes the run, with the differences.
+    """
+    state = torch.load(checkpoint / _STATE_NAME, map_location="cpu", weights_only=True)
+    differences = _differences(state["run"], run)
+    if differences:
+        raise InputError(f"{checkpoint} is of a different run; resuming would mix them: {'; '.join(differences)}.")
+    model.load_adapter(checkpoint, "default", is_trainable=True, torch_device=str(engine.device))
+    optimizer.load_state_dict(state["optimizer"])
+    schedule.load_state_dict(state["schedule"])
+    rng = checkpoint / f"rng_{engine.rank}.pt"
+    if rng.exists():  # with more processes than before, a new one goes on with its own seed
+        _restore_rng(torch.load(rng, weights_only=True), engine)
+    return state["step"]
+
+
+def save_result(folder: Path, model: IBModel, tokenizer: PreTrainedTokenizerBase, record: dict[str, Any]) -> None:
+    """The final artefacts: PEFT adapter, bottleneck, tokenizer; last ibft.json, which marks the run as finished."""
+    partial = folder / ".result.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    write_json(partial / RECORD_NAME, record)
+    names = sorted(path.name for path in partial.iterdir())
+    for name in sorted(names, key=lambda name: name == RECORD_NAME):
+        os.replace(partial / name, folder / name)
+    partial.rmdir()
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Readable JSON, whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(values, indent=2) + "\n")
+    os.replace(partial, path)
+
+
+def trim_metrics(path: Path, step: int) -> None:
+    """Drops the records after `step` that a resumed run will write again, and a last line cut short by a crash."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if record["step"] > step:
+            break
+        kept.append(line)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("".join(f"{line}\n" for line in kept))
+    os.replace(partial, path)
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    return [
+        f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
+        for name in sorted({*before, *now} - _FREE_TO_CHANGE)
+        if before.get(name) != now.get(name)
+    ]
+
+
+def _rng_state(engine: Engine) -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if engine.device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(engine.device)
+    return state
+
+
+def _restore_rng(state: dict[str, torch.Tensor], engine: Engine) -> None:
+    torch.set_rng_state(state["cpu"])
+    if engine.device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], engine.device)

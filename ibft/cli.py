@@ -1,0 +1,58 @@
+"""The command `ibft`: sub-commands, and errors without a traceback."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+from ibft.errors import InputError
+
+_USAGE = """usage: ibft COMMAND [options]
+
+commands:
+  train   fine-tune a causal language model with an information bottleneck, or plainly (ibft train --help)
+  lab     small experiments on data and a model made on the spot (ibft lab demo --help)
+
+ibft --version prints the version."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a sub-command; returns the exit code: 0, 1 for a run that failed, 2 for wrong input."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if command in ("-h", "--help", "help"):
+        print(_USAGE)
+        return 0
+    if command == "--version":
+        import ibft
+
+        print(f"ibft {ibft.__version__}")
+        return 0
+    if command == "train":
+        from ibft import train
+
+        return run_command(train.main, rest)
+    if command == "lab":
+        from ibft.lab import cli
+
+        return run_command(cli.main, rest)
+    print(f"ibft: error: {command!r} is not a command of ibft; there are: train, lab.", file=sys.stderr)
+    return 2
+
+
+def run_command(command: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
+    """Runs a command; a wrong input becomes a sentence and exit code 2, a diverged run exit code 1.
+
+    `--debug` among the arguments lets every error through with its traceback.
+    """
+    from ibft.train import TrainingDiverged
+
+    try:
+        command(argv)
+    except (InputError, TrainingDiverged) as error:
+        if "--debug" in argv:
+            traceback.print_exc()
+        if os.environ.get("RANK", "0") == "0":  # under torchrun every rank finds the same error: say it once
+            print(f"ibft: error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, InputError) else 1
+    return 0

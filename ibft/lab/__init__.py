@@ -1,0 +1,1 @@
+"""Small models, small tasks and experiments that run on a laptop."""

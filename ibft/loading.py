@@ -1,0 +1,57 @@
+"""The base model and its tokenizer, from a folder or the Hub, with errors that say what was looked for."""
+
+import warnings
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from ibft.errors import InputError
+
+
+def quiet_libraries(progress_bars: bool) -> None:
+    """Hides what a user of ibft can do nothing about: deprecations between libraries, and bars in a log file."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
+    if not progress_bars:
+        logging.disable_progress_bar()
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The base model's tokenizer. Raises InputError when there is none."""
+    _check_folder(name)
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"no tokenizer can be loaded from base_model {name!r}: {_first_line(error)}") from error
+
+
+def load_base_model(name: str, dtype: torch.dtype, attn_implementation: str, device: torch.device) -> PreTrainedModel:
+    """A causal language model in evaluation mode on `device`. Raises InputError when it cannot be loaded."""
+    _check_folder(name)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attn_implementation)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"base_model {name!r} cannot be loaded as a causal LM: {_first_line(error)}") from error
+    return model.to(device)
+
+
+def resolve_dtype(requested: str, device: torch.device) -> torch.dtype:
+    """The base model's dtype: "auto" is bfloat16 on a GPU that has it, else float32."""
+    if requested != "auto":
+        return getattr(torch, requested)
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def _check_folder(name: str) -> None:
+    """A path that does not exist would otherwise be looked up on the Hub, and fail with a puzzling sentence."""
+    looks_local = name.startswith(("/", ".", "~")) or name.count("/") > 1 or name.endswith("/")
+    if looks_local and not Path(name).expanduser().is_dir():
+        raise InputError(f"base_model {name!r} is not a folder; name one that holds a model, or a model on the Hub.")
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        hint = " (it holds an adapter: name the base model)" if (Path(name) / "adapter_config.json").is_file() else ""
+        raise InputError(f"base_model {name!r} is a folder without config.json, so not a model{hint}.")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,324 @@
+"""IBModel: a PEFT causal language model with an information bottleneck on one layer's hidden states.
+
+The bottleneck is an auxiliary branch: it shapes the hidden states in training, and at inference nothing of it remains.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from peft import PeftConfig, PeftModel, PeftModelForCausalLM
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from ibft.architecture import CausalLM, LayerTap
+from ibft.errors import InputError
+from ibft.objective import CONFIG_NAME, IBConfig, active_share, weigh_terms
+from ibkernels import VariationalBottleneck, linear_cross_entropy
+
+HEAD_NAME = "ib_head.safetensors"
+_PREFIX = "bottleneck."
+
+
+@dataclass
+class IBOutput(ModelOutput):
+    """What `IBModel` returns for labels. All but `loss` is detached; ce, kl, ce_ib are normalised as in the loss."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    ce: Tensor | None = None
+    kl: Tensor | None = None
+    ce_ib: Tensor | None = None
+    active_share: Tensor | None = None
+    num_valid_tokens: Tensor | None = None
+    entropy_sum: Tensor | None = None
+    num_correct_tokens: Tensor | None = None
+
+
+class IBModel(PeftModelForCausalLM):
+    """A `PeftModelForCausalLM` whose loss is that of information-bottleneck fine-tuning.
+
+    Make one with `from_base` or `from_pretrained`. With `ib=None` it is plain supervised fine-tuning through the same
+    memory-lean loss. `bottleneck` (a `VariationalBottleneck`, or None) holds the auxiliary parameters, in float32.
+    """
+
+    bottleneck: VariationalBottleneck | None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig,
+        adapter_name: str = "default",
+        *,
+        ib: IBConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(model, PeftModel):
+            raise InputError("the base model already carries a PEFT adapter; pass the model that it wraps.")
+        if peft_config.is_prompt_learning:
+            raise InputError(
+                f"peft_type {peft_config.peft_type} learns a prompt; IB-FT trains adapters in the layers (LoRA)."
+            )
+        parts = CausalLM.of(model)
+        if ib is not None:
+            parts.check_layer(ib.target_layer)
+        parts.check_logits(model)
+        super().__init__(model, peft_config, adapter_name, **kwargs)
+        CausalLM.of(self.get_base_model()).check_head_is_plain()
+        self.ib_config = ib
+        self.bottleneck = None
+        self._tap = LayerTap()
+        if ib is None:
+            return
+        self.bottleneck = VariationalBottleneck(
+            parts.head.weight.shape[1],
+            ib.bottleneck_dim,
+            encoder=ib.encoder,
+            encoder_rank=ib.encoder_rank if ib.encoder == "lora" else None,
+            sample=ib.sample,
+            logvar_range=ib.logvar_range,
+            kl_reduction=ib.kl_reduction,
+            device=parts.head.weight.device,
+            dtype=torch.float32,
+        )
+        # The topmost hidden state is the decoder's own output, after the final norm: no layer gives it.
+        if ib.target_layer < parts.num_layers:
+            self._tap.attach(parts.layer(ib.target_layer - 1))
+
+    @classmethod
+    def from_base(cls, base_model: nn.Module, peft_config: PeftConfig, ib: IBConfig | None) -> "IBModel":
+        """Wraps a loaded causal language model with a fresh adapter and a fresh bottleneck (ib=None: none, SFT).
+
+        Raises InputError for a target layer out of range, a model without a plain linear output head, or an adapter
+        on that head.
+        """
+        return cls(base_model, peft_config, ib=ib)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | Path,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        **kwargs: Any,
+    ) -> "IBModel":
+        """Loads adapter and bottleneck (where there is one) from a folder or a Hub repository onto a base model."""
+        file = _locate(str(model_id), CONFIG_NAME)
+        config = config or PeftConfig.from_pretrained(str(model_id))
+        config.inference_mode = not is_trainable
+        wrapped = cls(model, config, adapter_name, ib=None if file is None else IBConfig.load(file))
+        wrapped.load_adapter(model_id, adapter_name, is_trainable=is_trainable, **kwargs)
+        return wrapped if is_trainable else wrapped.eval()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        *,
+        num_items_in_batch: int | Tensor | None = None,
+        num_kl_items_in_batch: int | Tensor | None = None,
+        token_mask: Tensor | None = None,
+        label_indices: Tensor | None = None,
+        noise_rng: Tensor | None = None,
+        noise_rows: Tensor | None = None,
+        return_active_share: bool = False,
+        return_stats: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Without labels the ordinary model; with labels the loss, without logits.
+
+        Args:
+            input_ids, attention_mask, inputs_embeds, position_ids: as the base model takes them, [B, T]. Packed rows:
+                position_ids restart with each document, and there is no attention mask.
+            labels: int64 [B, T], -100 where not learnt, and on the first token of every document.
+            num_items_in_batch: label positions of the whole optimizer step, over micro-batches and ranks, so that the
+                losses of a step add up to its mean; None: those of this batch.
+            num_kl_items_in_batch: likewise the positions of the KL's mean. Where only num_items_in_batch is known and
+                kl_tokens="all", this batch's KL mean is weighted by its share of the labels.
+            token_mask: bool [B, T], False at padding; None: the attention mask, or no padding.
+            label_indices: int64 [M], flat positions b*T+t whose next token is a label; None: found from labels.
+            noise_rng: int64 [2] (seed, offset) of the noise; None: drawn from torch's generator.
+            noise_rows: int64 [B, T] row ids of the noise; None: positions in the batch.
+            return_active_share: also the bottleneck's share of active dimensions, see `objective.active_share`.
+            return_stats: also entropy_sum and num_correct_tokens over the label positions (one more pass over logits).
+
+        Returns:
+            IBOutput. In evaluation mode `loss` is the plain cross-entropy, and no term of the bottleneck is computed.
+        """
+        if labels is None:
+            return super().forward(
+                input_ids, attention_mask, inputs_embeds=inputs_embeds, position_ids=position_ids, **kwargs
+            )
+        parts = CausalLM.of(self.get_base_model())
+        bottleneck = self.bottleneck if self.training else None
+        with self._tap.armed(bottleneck is not None):
+            last = parts.decode(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                inputs_embeds=inputs_embeds,
+                position_ids=position_ids,
+                **kwargs,
+            )  # [B, T, H]
+
+        positions = _label_positions(labels, label_indices)
+        num_labels = (positions.targets != -100).sum()
+        num_items = _count(num_labels if num_items_in_batch is None else num_items_in_batch, last)
+        result = linear_cross_entropy(
+            positions.of(last),
+            parts.head.weight,
+            positions.targets,
+            bias=parts.head.bias,
+            softcap=parts.softcap,
+            logit_scale=parts.logit_scale,
+            num_items=num_items,
+            return_stats=return_stats,
+        )
+        stats = None
+        if isinstance(result, tuple):
+            ce, stats = result
+        else:
+            ce = result
+        output = IBOutput(loss=ce, ce=ce.detach(), num_valid_tokens=num_labels)
+        if stats is not None:
+            output.entropy_sum, output.num_correct_tokens = stats.entropy_sum, stats.num_correct
+        if bottleneck is None or self.ib_config is None:
+            return output
+
+        hidden = self._tap.take() if self._tap.attached else last
+        if hidden is None:
+            raise RuntimeError(
+                "the target layer did not run; were the decoder's layers replaced after IBModel was made?"
+            )
+        mask = _token_mask(token_mask, attention_mask, labels)
+        if noise_rows is None:
+            noise_rows = torch.arange(labels.numel(), device=labels.device)
+        rows = noise_rows.reshape(-1, 1)
+        if by_label := self.ib_config.kl_tokens == "labels":  # the other positions are not needed at all
+            hidden, rows, mask = positions.of(hidden), positions.of(rows), positions.targets != -100
+        hidden = hidden.reshape(-1, hidden.shape[-1])
+        self._check_tapped(hidden)
+        z, token_kl = bottleneck(hidden, rng=noise_rng, rows=rows[:, 0])  # [N, K], [N]
+        kl_sum = torch.where(mask, token_kl, 0).sum()
+        if by_label:
+            kl = kl_sum / num_items
+        elif num_kl_items_in_batch is not None:
+            kl = kl_sum / _count(num_kl_items_in_batch, last)
+        else:
+            kl = kl_sum / _count(mask.sum(), last) * (num_labels / num_items)
+        ce_ib = cast(
+            Tensor,  # without return_stats
+            bottleneck.cross_entropy(
+                z if by_label else positions.of(z), parts.head.weight, positions.targets, num_items=num_items
+            ),
+        )
+        output.loss = weigh_terms(ce, kl, ce_ib, self.ib_config)
+        output.kl, output.ce_ib = kl.detach(), ce_ib.detach()
+        if return_active_share:
+            with torch.no_grad():
+                output.active_share = active_share(bottleneck.encode(hidden[mask])[0])
+        return output
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Writes the adapter exactly as PEFT does; beside it the bottleneck, ib_head.safetensors and ib_config.json."""
+        state = kwargs.pop("state_dict", None) or self.state_dict()
+        # Stripped because PEFT's bias="all" takes every name that has "bias" in it for its own.
+        adapter = {name: tensor for name, tensor in state.items() if not name.startswith(_PREFIX)}
+        for config in self.peft_config.values():
+            if isinstance(config.target_modules, set):  # in an order that changes from one process to the next
+                config.target_modules = sorted(config.target_modules)
+        super().save_pretrained(str(save_directory), state_dict=adapter, **kwargs)
+        if self.ib_config is None or not kwargs.get("is_main_process", True):
+            return
+        head = {
+            name.removeprefix(_PREFIX): tensor.detach().contiguous()
+            for name, tensor in state.items()
+            if name.startswith(_PREFIX)
+        }
+        save_file(head, Path(save_directory) / HEAD_NAME, metadata={"format": "pt"})
+        self.ib_config.save(save_directory)
+
+    def load_adapter(self, model_id: str | Path, adapter_name: str, is_trainable: bool = False, **kwargs: Any) -> Any:
+        """As PEFT's, and the bottleneck's weights where the folder or repository has them."""
+        result = super().load_adapter(str(model_id), adapter_name, is_trainable=is_trainable, **kwargs)
+        if self.bottleneck is not None:
+            file = _locate(str(model_id), HEAD_NAME)
+            if file is None:
+                raise InputError(
+                    f"{model_id} has no {HEAD_NAME}: it holds a plain adapter, load that with ib=None (SFT)."
+                )
+            self.bottleneck.load_state_dict(load_file(file))
+            self.bottleneck.requires_grad_(is_trainable)
+        return result
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """The base model with the adapter merged in, and no trace of the bottleneck."""
+        self._detach()
+        return self.base_model.merge_and_unload(*args, **kwargs)
+
+    def unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """The base model as it was, without adapter and bottleneck."""
+        self._detach()
+        return self.base_model.unload(*args, **kwargs)
+
+    def _detach(self) -> None:
+        self._tap.remove()
+        self.bottleneck = self.ib_config = None
+
+    def _check_tapped(self, hidden: Tensor) -> None:
+        if torch.is_grad_enabled() and not hidden.requires_grad:
+            raise RuntimeError(
+                "the tapped hidden states take no gradient, so the bottleneck would shape nothing: no adapter at or "
+                "below the target layer is trainable, or reentrant activation checkpointing runs over frozen "
+                "embeddings (call enable_input_require_grads(), or use_reentrant=False)."
+            )
+
+
+class _LabelPositions(NamedTuple):
+    """The positions whose next token counts, and that token; with indices None all positions, -100 where none does."""
+
+    indices: Tensor | None
+    targets: Tensor
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """[B, T, D] or [B*T, D] -> [M, D]."""
+        flat = tensor.reshape(-1, tensor.shape[-1])
+        return flat if self.indices is None else flat.index_select(0, self.indices)
+
+
+def _label_positions(labels: Tensor, indices: Tensor | None) -> _LabelPositions:
+    following = F.pad(labels[:, 1:], (0, 1), value=-100).reshape(-1)
+    if indices is None and labels.device.type == "cpu":
+        indices = (following != -100).nonzero()[:, 0]  # on a GPU this would stop the host: all positions are kept
+    return _LabelPositions(indices, following if indices is None else following.index_select(0, indices))
+
+
+def _token_mask(token_mask: Tensor | None, attention_mask: Tensor | None, labels: Tensor) -> Tensor:
+    if token_mask is None and attention_mask is not None and attention_mask.shape == labels.shape:
+        token_mask = attention_mask
+    return (torch.ones_like(labels) if token_mask is None else token_mask).reshape(-1).bool()
+
+
+def _count(count: int | Tensor, like: Tensor) -> Tensor:
+    """A count to divide by: one where there is nothing to count, so that an empty mean is a connected zero."""
+    return torch.as_tensor(count, device=like.device).clamp(min=1)
+
+
+def _locate(model_id: str, name: str) -> Path | None:
+    """The file of that name in a local folder or a Hub repository; None where it has none."""
+    if Path(model_id).is_dir():
+        file = Path(model_id) / name
+        return file if file.is_file() else None
+    try:
+        return Path(hf_hub_download(model_id, name))
+    except EntryNotFoundError:
+        return None

@@ -1,0 +1,97 @@
+"""What a run says of itself: the description printed before the first step, and ibft.json after the last."""
+
+import platform
+import sys
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import ibft
+from ibkernels import backends
+
+if TYPE_CHECKING:
+    from ibft.train import Run
+
+
+def describe_run(run: "Run") -> str:
+    """The resolved configuration and the arithmetic of the batches, for people."""
+    config, engine, data, model = run.config, run.engine, run.data, run.model
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    bottleneck = sum(p.numel() for p in model.bottleneck.parameters()) if model.bottleneck is not None else 0
+    total = sum(p.numel() for p in model.parameters())
+    rows = config.rows_per_batch * config.gradient_accumulation_steps * engine.world_size
+    dtype = next(model.get_base_model().parameters()).dtype
+    kernel = backends.select("linear_cross_entropy", engine.device.type, dtype).backend.name
+    packed = "padded" if config.packing == "none" else "packed"
+    lines = [
+        f"base model    {config.base_model} ({_short(total - trainable)} parameters, "
+        f"{str(dtype).removeprefix('torch.')}, {_where(engine.device)})",
+        f"engine        {engine.name}; attention {run.attention.implementation} ({run.attention.reason})",
+        f"data          {config.dataset}",
+        *(f"              {line}" for line in data.report.lines()),
+        f"method        {_method(run)}",
+        f"trainable     {_short(trainable)} parameters"
+        + (f", {_short(bottleneck)} of them the bottleneck's, which inference does not need" if bottleneck else ""),
+        f"kernels       {kernel} (python -m ibkernels says why)",
+        f"batch         {config.rows_per_batch} rows x {config.gradient_accumulation_steps} accumulated x "
+        f"{engine.world_size} processes = {rows} {packed} rows of up to {config.max_length} tokens a step",
+        f"              {run.plan.efficiency(0):.0%} of a row's {config.max_length} tokens hold data",
+        f"steps         {run.total_steps} ({run.plan.steps_in_epoch(0)} an epoch), warm-up {run.warmup_steps}, "
+        f"{config.lr_scheduler_type} from {config.learning_rate:g}, seed {config.seed}",
+        f"output        {config.output_dir}",
+    ]
+    if run.start_step:
+        lines.append(f"resuming      after step {run.start_step}")
+    return "\n".join(lines)
+
+
+def run_record(run: "Run", summary: dict[str, Any]) -> dict[str, Any]:
+    """The content of ibft.json."""
+    return {
+        "config": run.config.to_dict(),
+        "ib": None if run.model.ib_config is None else asdict(run.model.ib_config),
+        "prompt_format": run.data.prompt_format,
+        "data": {"fingerprint": run.data.fingerprint, **asdict(run.data.report)},
+        "engine": run.engine.name,
+        "attention": run.attention.implementation,
+        "steps": run.total_steps,
+        "result": summary,
+        "command": sys.argv,
+        "versions": _versions(),
+    }
+
+
+def _method(run: "Run") -> str:
+    ib = run.model.ib_config
+    if ib is None:
+        return "sft: cross-entropy alone"
+    encoder = "linear" if ib.encoder == "linear" else f"lora of rank {ib.encoder_rank}"
+    return (
+        f"ib: CE + {ib.alpha:g} * (KL + {ib.beta:g} * CE_ib), bottleneck of {ib.bottleneck_dim} dimensions on layer "
+        f"{ib.target_layer} ({encoder} encoder)"
+    )
+
+
+def _versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {"ibft": ibft.__version__, "python": platform.python_version()}
+    for package in ("torch", "transformers", "peft", "datasets", "triton"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def _where(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def _short(count: int) -> str:
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return str(count)

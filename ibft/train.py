@@ -1,0 +1,364 @@
+"""`ibft train`: fine-tunes a causal language model with LoRA and an information bottleneck (or without: SFT).
+
+Reads top to bottom: set up, describe, loop, finish. Also `python -m ibft.train`, and for several processes
+`torchrun --nproc_per_node N -m ibft.train`.
+"""
+
+import gc
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import PreTrainedTokenizerBase, get_scheduler, set_seed
+
+from ibft.architecture import CausalLM, default_target_layer
+from ibft.attention import Attention, select_attention
+from ibft.checkpoint import (
+    METRICS_NAME,
+    checkpoints,
+    clear_output,
+    load_checkpoint,
+    prepare_output,
+    save_checkpoint,
+    save_result,
+    trim_metrics,
+)
+from ibft.config import TrainConfig, lora_config, parse_args
+from ibft.data import BatchPlan, EncodedDataset, collate, encode, load_rows
+from ibft.engine import Engine, start_engine
+from ibft.loading import load_base_model, load_tokenizer, quiet_libraries, resolve_dtype
+from ibft.model import IBModel, IBOutput
+from ibft.objective import IBConfig
+from ibft.record import describe_run, run_record
+from ibft.tracking import Metrics, start_tracker
+
+
+class TrainingDiverged(RuntimeError):
+    """A loss or gradient that is not finite; the weights are those from before the step that the message names."""
+
+
+_COLLAPSED = (
+    "warning: the posterior has collapsed: no dimension of the bottleneck varies with the input (all have "
+    "Var(mu) <= 0.01), so KL and CE_ib teach nothing. A smaller --alpha, or another --target_layer, may help."
+)
+
+
+@dataclass
+class Run:
+    """Everything that the loop works with."""
+
+    config: TrainConfig
+    engine: Engine
+    attention: Attention
+    tokenizer: PreTrainedTokenizerBase
+    data: EncodedDataset
+    plan: BatchPlan
+    model: IBModel
+    optimizer: AdamW
+    schedule: LRScheduler
+    total_steps: int
+    warmup_steps: int
+    start_step: int = 0
+
+    @property
+    def output(self) -> Path:
+        """The folder that the run writes to."""
+        return Path(self.config.output_dir)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must match."""
+        ib = None if self.model.ib_config is None else asdict(self.model.ib_config)
+        return {**self.config.to_dict(), "ib": ib, "data": self.data.fingerprint, "total_steps": self.total_steps}
+
+
+class _StepRecord(NamedTuple):
+    step: int  # steps done, from 1
+    documents: np.ndarray
+    num_tokens: int
+    num_labels: int
+    learning_rate: Any
+    scalars: Tensor  # loss, ce, kl, ce_ib, gradient norm; on the device
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parses the command line and trains."""
+    config, notices = parse_args(sys.argv[1:] if argv is None else argv)
+    train(config, notices)
+
+
+def train(config: TrainConfig, notices: Sequence[str] = ()) -> dict[str, Any]:
+    """Runs a whole training and returns its record, which is also written to output_dir/ibft.json.
+
+    Raises InputError, before training starts, for what the configuration asks and the world does not have; and
+    TrainingDiverged when loss or gradient stop being finite.
+    """
+    engine = start_engine(config.use_cpu, config.ddp_timeout)
+    quiet_libraries(progress_bars=engine.is_main and sys.stderr.isatty())
+    try:
+        run = _set_up(config, engine)
+        metrics = _announce(run, notices)
+        try:
+            summary = _loop(run, metrics)
+        finally:
+            if metrics is not None:
+                metrics.close()
+        record = run_record(run, summary)
+        if engine.is_main:
+            save_result(run.output, run.model, run.tokenizer, record)
+            print(f"adapter written to {run.output}")
+        engine.barrier()
+        return record
+    finally:
+        engine.close()
+
+
+def _set_up(config: TrainConfig, engine: Engine) -> Run:
+    """The cheap checks first, then data, then the model, so that a wrong input costs seconds."""
+    with engine.main_first():  # the others find the folder there, and writable
+        prepare_output(Path(config.output_dir), overwrite=config.overwrite, resume=config.resume)
+    attention = select_attention(config.attn_implementation, config.packing, engine.device.type)
+    adapter = lora_config(config)
+    tokenizer = load_tokenizer(config.base_model)
+    rows = load_rows(
+        config.dataset,
+        split=config.dataset_split,
+        prompt_column=config.prompt_column,
+        response_column=config.response_column,
+    )
+    data = encode(
+        rows,
+        tokenizer,
+        max_length=config.max_length,
+        bos=config.bos,
+        overlong=config.overlong,
+        num_proc=config.num_proc,
+    )
+    plan = BatchPlan(
+        data.lengths,
+        max_length=config.max_length,
+        packing=config.packing,
+        rows_per_batch=config.rows_per_batch,
+        accumulation=config.gradient_accumulation_steps,
+        world_size=engine.world_size,
+        seed=config.seed,
+    )
+    total_steps = config.max_steps if config.max_steps > 0 else plan.total_steps(config.num_train_epochs)
+    warmup_steps = config.warmup_steps or round(config.warmup_ratio * total_steps)
+
+    # One seed makes the same initial weights on every rank; each rank's dropout then has a seed of its own.
+    set_seed(config.seed)
+    dtype = resolve_dtype(config.dtype, engine.device)
+    base = load_base_model(config.base_model, dtype, attention.implementation, engine.device)
+    model = IBModel.from_base(base, adapter, _ib_config(config, base))
+    if config.gradient_checkpointing:
+        model.enable_input_require_grads()  # the embeddings are frozen: without this no gradient would enter
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    set_seed(config.seed + engine.rank)
+
+    optimizer = _build_optimizer(config, model)
+    schedule = get_scheduler(config.lr_scheduler_type, optimizer, warmup_steps, total_steps)
+    run = Run(config, engine, attention, tokenizer, data, plan, model, optimizer, schedule, total_steps, warmup_steps)
+    if config.resume:
+        newest = checkpoints(run.output)[-1]
+        run.start_step = load_checkpoint(newest, engine, model, optimizer, schedule, run.identity)
+    return run
+
+
+def _announce(run: Run, notices: Sequence[str]) -> Metrics | None:
+    """Says what the run will do, and makes room for it; the metrics on the main process, None on the others."""
+    if not run.engine.is_main:
+        return None
+    tracker, warning = start_tracker(run.config.report_to, run.config.run_name, run.config.to_dict())
+    for notice in [*notices, *([warning] if warning else [])]:
+        print(f"note: {notice}")
+    print(describe_run(run))
+    if run.config.resume:
+        trim_metrics(run.output / METRICS_NAME, run.start_step)
+    else:
+        clear_output(run.output)
+    return Metrics(run.output / METRICS_NAME, total_steps=run.total_steps, start_step=run.start_step, tracker=tracker)
+
+
+def _loop(run: Run, metrics: Metrics | None) -> dict[str, Any]:
+    """Trains. Scalars stay on the device until they are logged: a step never waits for the host."""
+    config, engine, plan, data, optimizer = run.config, run.engine, run.plan, run.data, run.optimizer
+    model = engine.wrap(run.model).train()
+    trainable = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
+    batches = _batches(run)
+    batch = next(batches)
+    diverged = torch.zeros((), device=engine.device)  # sticky: from the first bad step on, no step moves a weight
+    window: list[_StepRecord] = []
+    window_start = time.perf_counter()
+    summary: dict[str, Any] = {}
+    collapsed = False
+
+    for step in range(run.start_step, run.total_steps):
+        # Every term is a mean over the whole step, all micro-batches and ranks. The plan knows the counts.
+        documents = plan.documents(step)
+        num_labels, num_tokens = int(data.label_tokens[documents].sum()), int(data.lengths[documents].sum())
+        noise_rng = torch.tensor([config.seed, step], device=engine.device)
+        num_micro_batches = len(plan.micro_batches(step, engine.rank))
+        logged = (step + 1) % config.logging_steps == 0 or step + 1 == run.total_steps
+        terms = torch.zeros(4, device=engine.device)
+
+        for micro in range(num_micro_batches):
+            last = micro == num_micro_batches - 1
+            with engine.micro_batch(last):
+                output = model(
+                    **batch,
+                    num_items_in_batch=num_labels,
+                    num_kl_items_in_batch=num_tokens,
+                    noise_rng=noise_rng,
+                    return_active_share=logged and last,
+                )
+                batch = next(batches, {})  # fetched while the GPU is busy with the forward pass
+                (output.loss * engine.loss_scale).backward()
+            terms += _stack(output)
+
+        terms = engine.sum(terms)  # one collective: the ranks must agree on whether the step is sound
+        grad_norm = torch.nn.utils.clip_grad_norm_(trainable, config.max_grad_norm or float("inf"))
+        finite = torch.isfinite(terms).all() & torch.isfinite(grad_norm)
+        diverged = torch.maximum(diverged, 1 - finite.float())
+        optimizer.found_inf = diverged  # type: ignore[attr-defined]  # fused AdamW leaves the weights alone at 1
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        learning_rate = run.schedule.get_last_lr()[0]
+        run.schedule.step()
+
+        scalars = torch.cat([terms, grad_norm.float().reshape(1)])
+        window.append(_StepRecord(step + 1, documents, num_tokens, num_labels, learning_rate, scalars))
+        if logged:
+            records = _to_host(run, window, output.active_share, time.perf_counter() - window_start)
+            _check_finite(run, records, window)
+            summary = {name: records[-1][name] for name in ("step", "loss", "ce", "kl_nats", "ce_ib", "active_share")}
+            if metrics is not None:
+                metrics.write(records)
+                if summary["active_share"] == 0 and not collapsed:
+                    metrics.say(_COLLAPSED)
+                    collapsed = True
+            window, window_start = [], time.perf_counter()
+        if config.save_strategy == "steps" and (step + 1) % config.save_steps == 0 and step + 1 < run.total_steps:
+            save_checkpoint(
+                run.output,
+                step + 1,
+                engine,
+                run.model,
+                optimizer,
+                run.schedule,
+                run.identity,
+                config.save_total_limit,
+            )
+        if step == run.start_step:
+            gc.collect()
+            gc.freeze()  # what lives now lives to the end: no use walking it in every later collection
+    return summary
+
+
+def _ib_config(config: TrainConfig, base: torch.nn.Module) -> IBConfig | None:
+    if config.method == "sft":
+        return None
+    layer = config.target_layer or default_target_layer(CausalLM.of(base).num_layers)
+    return IBConfig(
+        target_layer=layer,
+        bottleneck_dim=config.bottleneck_dim,
+        encoder=config.encoder,
+        encoder_rank=config.encoder_rank or 32,
+        alpha=config.alpha,
+        beta=config.beta,
+        kl_tokens=config.kl_tokens,
+        kl_reduction=config.kl_reduction,
+        sample=config.sample,
+    )
+
+
+def _build_optimizer(config: TrainConfig, model: IBModel) -> AdamW:
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    adapter = [parameter for name, parameter in named if not name.startswith("bottleneck.")]
+    bottleneck = [parameter for name, parameter in named if name.startswith("bottleneck.")]
+    return AdamW(
+        [{"params": group} for group in (adapter, bottleneck) if group],
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+
+
+def _batches(run: Run) -> Iterator[dict[str, Tensor]]:
+    """Every micro-batch of this rank, in order, on the device."""
+    pad = run.tokenizer.pad_token_id
+    pad = run.tokenizer.eos_token_id if pad is None else pad  # padding is never attended to or learnt: any id will do
+    for step in range(run.start_step, run.total_steps):
+        for bins in run.plan.micro_batches(step, run.engine.rank):
+            documents = [[run.data.document(int(index)) for index in row] for row in bins]
+            batch = collate(documents, pad_token_id=pad, max_length=run.config.max_length, packing=run.config.packing)
+            if run.engine.device.type == "cuda":
+                batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
+            yield {name: tensor.to(run.engine.device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def _stack(output: IBOutput) -> Tensor:
+    """loss, ce, kl, ce_ib, detached; zero for what plain fine-tuning does not have."""
+    loss = cast(Tensor, output.loss).detach().float()
+    values = (output.ce, output.kl, output.ce_ib)
+    return torch.stack([loss, *(torch.zeros_like(loss) if value is None else value.float() for value in values)])
+
+
+def _to_host(run: Run, window: list[_StepRecord], share: Tensor | None, seconds: float) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl: one transfer for the whole window. `share` belongs to its last step."""
+    values = torch.stack([record.scalars for record in window]).tolist()
+    tokens_per_second = sum(record.num_tokens for record in window) / seconds
+    ib = run.model.ib_config
+    records = []
+    for record, (loss, ce, kl, ce_ib, grad_norm) in zip(window, values, strict=True):
+        records.append(
+            {
+                "step": record.step,
+                "epoch": run.plan.locate(record.step - 1)[0],
+                "loss": loss,
+                "ce": ce,
+                "kl": kl if ib else None,
+                "kl_nats": kl * (ib.bottleneck_dim if ib.kl_reduction == "mean" else 1) if ib else None,
+                "ce_ib": ce_ib if ib else None,
+                "active_share": None,
+                "grad_norm": grad_norm,
+                "learning_rate": record.learning_rate,
+                "tokens": record.num_tokens,
+                "label_tokens": record.num_labels,
+                "tokens_per_second": round(tokens_per_second, 1),
+            }
+        )
+    records[-1]["active_share"] = None if share is None else share.item()
+    return records
+
+
+def _check_finite(run: Run, records: list[dict[str, Any]], window: list[_StepRecord]) -> None:
+    for record, values in zip(window, records, strict=True):
+        if all(
+            values[name] is None or np.isfinite(values[name]) for name in ("loss", "ce", "kl", "ce_ib", "grad_norm")
+        ):
+            continue
+        examples = sorted(run.data.document(int(index)).example_id for index in record.documents)
+        shown = ", ".join(map(str, examples[:20])) + (", ..." if len(examples) > 20 else "")
+        found = ", ".join(f"{name} {values[name]}" for name in ("loss", "ce", "kl", "ce_ib", "grad_norm"))
+        raise TrainingDiverged(
+            f"step {record.step} is not finite ({found}); its batch holds the dataset's rows {shown} (from 0). "
+            "No weight was changed by this step or after it. A lower --learning_rate or --max_grad_norm, or "
+            "--dtype float32, may help."
+        )
+
+
+if __name__ == "__main__":
+    from ibft.cli import run_command
+
+    sys.exit(run_command(main, sys.argv[1:]))

@@ -1,0 +1,41 @@
+"""What every op asks of its arguments, and the dtype it computes in. Messages name the argument and its value."""
+
+import torch
+from torch import Tensor
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype an op computes in: that of the tensor, or of autocast where it is on."""
+    device = tensor.device.type
+    if tensor.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return tensor.dtype
+
+
+def require_shape(name: str, tensor: Tensor, shape: tuple[int, ...], meaning: str) -> None:
+    """Raises ValueError unless the tensor is plain and has that shape; `meaning` spells it, e.g. "[2K, H]"."""
+    require_plain(name, tensor)
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; here it must be {meaning} = {shape}.")
+
+
+def require_plain(name: str, tensor: Tensor) -> None:
+    """Raises for what would give a wrong number rather than an error: sharded and integer parameters."""
+    if hasattr(tensor, "full_tensor"):
+        raise TypeError(
+            f"{name} is a DTensor, a shard of the parameter; pass {name}.full_tensor(), or gather it first."
+        )
+    if tensor.dim() > 0 and tensor.shape[0] == 0:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}: it is empty, as a sharded parameter is; gather it first."
+        )
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} is {tensor.dtype}; a floating-point tensor is needed (dequantise it first).")
+
+
+def require_floating_rows(name: str, tensor: Tensor) -> None:
+    """Raises unless the tensor is floating point with at least one dimension; no rows at all are fine."""
+    if not tensor.is_floating_point() or tensor.dim() < 1:
+        raise TypeError(
+            f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; a floating-point [..., D] is needed."
+        )

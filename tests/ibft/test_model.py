@@ -1,0 +1,353 @@
+"""IBModel against the formulas written out eagerly, and as the PEFT model that it is."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracle import (
+    HIDDEN,
+    LAYERS,
+    VOCABULARY,
+    assert_same_gradients,
+    eager_terms,
+    gradients,
+    random_batch,
+    tiny_model,
+    wrap,
+)
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import nn
+
+from ibft import IBConfig, IBModel, InputError
+from ibft.architecture import CausalLM
+
+RNG = torch.tensor([3, 5])
+KINDS = ["llama", "llama-tied", "qwen2", "qwen2-tied", "gpt2"]
+
+
+def config(**changes: Any) -> IBConfig:
+    return IBConfig(**{"target_layer": 2, "bottleneck_dim": 10, "alpha": 0.7, "beta": 0.3, **changes})
+
+
+@pytest.mark.parametrize("layer", range(1, LAYERS + 1))
+@pytest.mark.parametrize("kind", KINDS)
+def test_loss_and_gradients_equal_the_eager_formulas(kind: str, layer: int) -> None:
+    ib = config(target_layer=layer)
+    model, batch = wrap(tiny_model(kind), ib), random_batch()
+    expected = eager_terms(model, batch, RNG)
+    expected.loss(ib).backward()
+    expected_gradients = gradients(model)
+
+    output = model(**batch, noise_rng=RNG)
+    output.loss.backward()
+    assert output.logits is None
+    torch.testing.assert_close(output.loss, expected.loss(ib), rtol=0, atol=1e-9)
+    torch.testing.assert_close(output.ce, expected.ce.detach() / expected.num_labels, rtol=0, atol=1e-9)
+    torch.testing.assert_close(output.kl, expected.kl.detach() / expected.num_tokens, rtol=0, atol=1e-9)
+    torch.testing.assert_close(output.ce_ib, expected.ce_ib.detach() / expected.num_labels, rtol=0, atol=1e-9)
+    assert len(expected_gradients) > 8
+    assert_same_gradients(gradients(model), expected_gradients, 1e-9)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"encoder": "lora", "encoder_rank": 3},
+        {"kl_tokens": "labels"},
+        {"kl_reduction": "sum"},
+        {"sample": False},
+        {"logvar_range": (-0.1, 0.1)},
+        {"kl_tokens": "labels", "encoder": "lora", "kl_reduction": "sum"},
+        {"bottleneck_dim": 40},  # wider than half of H: the head is not absorbed
+        {"alpha": 0.0},
+    ],
+)
+def test_every_setting_of_the_bottleneck_equals_the_eager_formulas(changes: dict[str, Any]) -> None:
+    ib = config(**changes)
+    model, batch = wrap(tiny_model("llama"), ib), random_batch()
+    expected = eager_terms(model, batch, RNG if ib.sample else None).loss(ib)
+    expected.backward()
+    expected_gradients = gradients(model)
+    output = model(**batch, noise_rng=RNG)
+    output.loss.backward()
+    torch.testing.assert_close(output.loss, expected, rtol=0, atol=1e-9)
+    assert_same_gradients(gradients(model), expected_gradients, 1e-9)
+
+
+def test_float32_equals_the_float64_formulas() -> None:
+    ib = config()
+    exact, batch = wrap(tiny_model("llama"), ib), random_batch(4, 24)
+    single = copy.deepcopy(exact).float()
+    expected = eager_terms(exact, batch, RNG).loss(ib)
+    expected.backward()
+    output = single(**batch, noise_rng=RNG)
+    output.loss.backward()
+    assert output.loss.dtype == torch.float32
+    torch.testing.assert_close(output.loss.double(), expected, rtol=1e-5, atol=0)
+    assert_same_gradients({n: g.double() for n, g in gradients(single).items()}, gradients(exact), 1e-5)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_changes_nothing(reentrant: bool) -> None:
+    model, batch = wrap(tiny_model("llama"), config()), random_batch()
+    model(**batch, noise_rng=RNG).loss.backward()
+    expected = gradients(model)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model(**batch, noise_rng=RNG).loss.backward()
+    assert_same_gradients(gradients(model), expected, 1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_evaluation_is_deterministic_and_reports_plain_cross_entropy(kind: str) -> None:
+    model, batch = wrap(tiny_model(kind), config()).eval(), random_batch()
+    with torch.no_grad():
+        first, second = model(**batch), model(**batch)
+        expected = eager_terms(model, batch, None)
+    assert first.loss == second.loss == first.ce
+    assert first.kl is None and first.ce_ib is None
+    torch.testing.assert_close(first.loss, expected.ce / expected.num_labels, rtol=0, atol=1e-9)
+
+
+def test_sft_is_the_same_loss_without_a_bottleneck() -> None:
+    model, batch = wrap(tiny_model("qwen2"), None), random_batch()
+    output = model(**batch)
+    output.loss.backward()
+    assert not any(name.startswith("bottleneck") for name, _ in model.named_parameters())
+    own = gradients(model)
+    logits = model.get_base_model()(input_ids=batch["input_ids"]).logits
+    expected = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+    expected.backward()
+    torch.testing.assert_close(output.loss, expected, rtol=0, atol=1e-9)
+    assert_same_gradients(own, gradients(model), 1e-9)
+
+
+def test_without_labels_it_is_the_ordinary_model() -> None:
+    base, batch = tiny_model("llama").eval(), random_batch()
+    model = wrap(copy.deepcopy(base), config()).eval()
+    model.disable_adapter_layers()
+    ids = batch["input_ids"]
+    torch.testing.assert_close(model(input_ids=ids).logits, base(input_ids=ids).logits)
+    settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(input_ids=ids, **settings), base.generate(input_ids=ids, **settings))
+
+
+def test_statistics_count_the_label_positions() -> None:
+    model, batch = wrap(tiny_model("llama"), config()), random_batch()
+    output = model(**batch, noise_rng=RNG, return_stats=True, return_active_share=True)
+    labels = batch["labels"][:, 1:]
+    counted = labels != -100
+    log_probs = model.get_base_model()(input_ids=batch["input_ids"]).logits[:, :-1][counted].log_softmax(-1)
+    assert output.num_valid_tokens == counted.sum()
+    assert output.num_correct_tokens == (log_probs.argmax(-1) == labels[counted]).sum()
+    torch.testing.assert_close(output.entropy_sum, -(log_probs.exp() * log_probs).sum().detach())
+    assert 0 <= output.active_share <= 1
+
+
+def test_no_tensor_of_logits_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head's forward is never called, nor are all hidden states asked for."""
+    model, batch = wrap(tiny_model("llama"), config()), random_batch()
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("the output head ran")
+
+    model.get_base_model().lm_head.register_forward_pre_hook(refuse)
+    model(**batch, noise_rng=RNG).loss.backward()
+
+
+def test_only_labels_are_given_to_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ibft.model
+
+    seen = []
+    real = ibft.model.linear_cross_entropy
+    monkeypatch.setattr(
+        ibft.model, "linear_cross_entropy", lambda x, *rest, **kw: seen.append(len(x)) or real(x, *rest, **kw)
+    )
+    model, batch = wrap(tiny_model("llama"), config()), random_batch()
+    model(**batch, noise_rng=RNG)
+    assert seen == [(batch["labels"][:, 1:] != -100).sum()]
+
+
+def test_an_all_masked_batch_is_a_connected_zero() -> None:
+    model, batch = wrap(tiny_model("llama"), config(kl_tokens="labels")), random_batch()
+    batch["labels"].fill_(-100)
+    output = model(**batch, noise_rng=RNG)
+    output.loss.backward()
+    found = gradients(model)
+    assert output.loss == 0
+    assert len(found) == sum(p.requires_grad for p in model.parameters())
+    assert all((gradient == 0).all() for gradient in found.values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# As a PEFT model
+
+
+@pytest.mark.parametrize("encoder", ["linear", "lora"])
+@pytest.mark.parametrize("bias", ["none", "all"])
+def test_saved_adapter_is_what_peft_would_write(tmp_path: Path, encoder: str, bias: str) -> None:
+    lora = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", "bias": bias}
+    plain = get_peft_model(tiny_model("qwen2"), LoraConfig(**lora))  # type: ignore[arg-type]
+    plain.save_pretrained(tmp_path / "plain")
+    wrap(tiny_model("qwen2"), config(encoder=encoder), **lora).save_pretrained(tmp_path / "ib")
+
+    expected = load_file(tmp_path / "plain" / "adapter_model.safetensors")
+    found = load_file(tmp_path / "ib" / "adapter_model.safetensors")
+    assert {name: t.shape for name, t in found.items()} == {name: t.shape for name, t in expected.items()}
+
+    def settings(folder: str) -> dict[str, Any]:
+        values = json.loads((tmp_path / folder / "adapter_config.json").read_text())
+        return {**values, "target_modules": sorted(values["target_modules"])}
+
+    assert settings("ib") == settings("plain")
+
+
+def test_saved_and_loaded_again_it_is_the_same(tmp_path: Path) -> None:
+    model, batch = wrap(tiny_model("llama"), config(encoder="lora")), random_batch()
+    model.save_pretrained(tmp_path)
+    expected = model(**batch, noise_rng=RNG)
+
+    loaded = IBModel.from_pretrained(tiny_model("llama"), tmp_path, is_trainable=True).double().train()
+    assert loaded.ib_config == model.ib_config
+    torch.testing.assert_close(loaded(**batch, noise_rng=RNG).loss, expected.loss, rtol=0, atol=1e-7)
+    assert {n for n, p in loaded.named_parameters() if p.requires_grad} == {
+        n for n, p in model.named_parameters() if p.requires_grad
+    }
+    frozen = IBModel.from_pretrained(tiny_model("llama"), tmp_path)
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+
+    plain = PeftModel.from_pretrained(tiny_model("llama"), tmp_path).eval()
+    ids = batch["input_ids"]
+    torch.testing.assert_close(plain.double()(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+
+
+def test_load_adapter_restores_the_bottleneck(tmp_path: Path) -> None:
+    model = wrap(tiny_model("llama"), config())
+    model.save_pretrained(tmp_path)
+    other = wrap(tiny_model("llama"), config())
+    other.bottleneck.reset_parameters()
+    other.load_adapter(tmp_path, "default", is_trainable=True)
+    for name, parameter in model.bottleneck.named_parameters():
+        assert torch.equal(parameter, other.bottleneck.get_parameter(name))
+
+
+def test_a_plain_adapter_loads_as_sft_and_not_as_ib(tmp_path: Path) -> None:
+    wrap(tiny_model("llama"), None).save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("ib")) == []
+    assert IBModel.from_pretrained(tiny_model("llama"), tmp_path).bottleneck is None
+    with pytest.raises(InputError, match=r"has no ib_head\.safetensors"):
+        wrap(tiny_model("llama"), config()).load_adapter(tmp_path, "default")
+
+
+def test_merging_leaves_no_trace() -> None:
+    model, ids = wrap(tiny_model("llama"), config()).eval(), random_batch()["input_ids"]
+    expected = model(input_ids=ids).logits
+    layer = CausalLM.of(model.get_base_model()).layer(1)
+    assert layer._forward_hooks
+    merged = model.merge_and_unload()
+    assert not layer._forward_hooks
+    assert not any("bottleneck" in name or "lora" in name for name, _ in merged.named_parameters())
+    torch.testing.assert_close(merged(input_ids=ids).logits, expected)
+
+
+def test_bottleneck_is_float32_over_a_low_precision_base() -> None:
+    model = IBModel.from_base(
+        tiny_model("llama", torch.bfloat16),
+        LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
+        config(),
+    )
+    batch = random_batch()
+    model.train()(**batch, noise_rng=RNG).loss.backward()
+    for name, gradient in gradients(model).items():
+        assert gradient.dtype == torch.float32 and gradient.isfinite().all(), name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is refused
+
+
+@pytest.mark.parametrize("layer", [LAYERS + 1, 20])
+def test_target_layer_out_of_range(layer: int) -> None:
+    with pytest.raises(InputError, match=rf"target_layer is {layer}, but the model has 3 layers"):
+        wrap(tiny_model("llama"), config(target_layer=layer))
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    ],
+)
+def test_an_adapter_on_the_head(lora: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"the output head is a .*, not a plain Linear"):
+        wrap(tiny_model("llama"), config(), **lora)
+
+
+def test_a_model_without_an_output_head() -> None:
+    with pytest.raises(InputError, match=r"LlamaModel\.get_output_embeddings\(\) gives no linear output head"):
+        wrap(tiny_model("llama").model, config())
+
+
+def test_a_model_already_wrapped() -> None:
+    wrapped = get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    with pytest.raises(InputError, match="already carries a PEFT adapter"):
+        wrap(wrapped, config())
+
+
+def test_logits_that_the_head_alone_does_not_give() -> None:
+    class Shifted(type(tiny_model("llama"))):  # type: ignore[misc]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output = super().forward(*args, **kwargs)
+            output.logits = output.logits * 1.5
+            return output
+
+    model = tiny_model("llama")
+    model.__class__ = Shifted
+    with pytest.raises(InputError, match="does not compute its logits as"):
+        wrap(model, config())
+
+
+def test_tapped_states_without_gradient() -> None:
+    model = wrap(
+        tiny_model("llama"), config(), target_modules=["q_proj"], layers_to_transform=[2]
+    )  # the tap is below the only adapter
+    with pytest.raises(RuntimeError, match="the tapped hidden states take no gradient"):
+        model(**random_batch(), noise_rng=RNG)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target_layer": 0}, "target_layer is 0"),
+        ({"bottleneck_dim": 0}, "bottleneck_dim is 0"),
+        ({"alpha": -1.0}, "alpha is -1.0"),
+        ({"beta": float("nan")}, "beta is nan"),
+        ({"encoder": "mlp"}, "encoder is 'mlp'; it must be one of linear, lora"),
+        ({"kl_tokens": "some"}, "kl_tokens is 'some'; it must be one of all, labels"),
+        ({"kl_reduction": "max"}, "kl_reduction is 'max'"),
+        ({"logvar_range": (4.0, -4.0)}, "logvar_range is"),
+    ],
+)
+def test_settings_out_of_range(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        config(**changes)
+
+
+def test_settings_of_a_later_version(tmp_path: Path) -> None:
+    config().save(tmp_path)
+    file = tmp_path / "ib_config.json"
+    assert IBConfig.load(file) == config()
+    file.write_text(json.dumps({**json.loads(file.read_text()), "prior": "vamp"}))
+    with pytest.raises(InputError, match="unknown settings prior"):
+        IBConfig.load(file)
+
+
+def test_sizes_of_the_oracle() -> None:
+    """The oracle's models have the sizes that these tests speak of."""
+    parts = CausalLM.of(tiny_model("llama"))
+    assert (parts.num_layers, *parts.head.weight.shape) == (LAYERS, VOCABULARY, HIDDEN)

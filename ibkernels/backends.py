@@ -63,8 +63,12 @@ def native_library() -> NativeLibrary:
         build = json.loads((folder / "_native_build.json").read_text())
     except FileNotFoundError:
         return NativeLibrary(False, "not built: this is a source tree without `pip install --no-build-isolation -e .`")
+    except ValueError as error:
+        return NativeLibrary(False, f"_native_build.json cannot be read: {error}; reinstall ibft")
     if "skipped" in build:
         return NativeLibrary(False, f"not built: {build['skipped']}")
+    if missing := {"library", "torch", "compiler"} - build.keys():
+        return NativeLibrary(False, f"_native_build.json cannot be read: no {', '.join(sorted(missing))} in it")
     running = torch.__version__.split("+")[0]
     if build["torch"].split("+")[0] != running:
         # The C++ ABI of torch changes between versions: loading would crash rather than fail.

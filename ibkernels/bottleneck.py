@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ibkernels import backends
-from ibkernels.checks import compute_dtype, require_floating_rows, require_shape
+from ibkernels.checks import compute_dtype, require_device, require_floating_rows, require_shape
 from ibkernels.philox import check_rng
 
 LOGVAR_RANGE = (-4.0, 4.0)
@@ -58,7 +58,7 @@ def variational_bottleneck(
         ValueError, TypeError: for a shape, dtype, device or option that does not fit, naming it.
     """
     weight, lora_b, flat = _check_encoder(hidden, weight, bias)
-    _check_logvar_range(logvar_range)
+    check_logvar_range(logvar_range)
     if kl_reduction not in KL_REDUCTIONS:
         raise ValueError(f"kl_reduction is {kl_reduction!r}; it must be one of {', '.join(KL_REDUCTIONS)}.")
     if rng is not None:
@@ -69,6 +69,7 @@ def variational_bottleneck(
                 f"rows is {rows.dtype} of shape {tuple(rows.shape)}; it must be int64 {tuple(hidden.shape[:-1])}, "
                 "one row id for each row of hidden."
             )
+        require_device(hidden.device, "hidden", rows=rows)
         rows = rows.reshape(-1)
     # Known before the op runs, so that without gradients nothing is kept for a backward pass.
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, lora_b, bias))
@@ -92,7 +93,7 @@ def encode(
     For diagnostics and analysis; arguments, rounding and errors are those of `variational_bottleneck`.
     """
     weight, lora_b, flat = _check_encoder(hidden, weight, bias)
-    _check_logvar_range(logvar_range)
+    check_logvar_range(logvar_range)
     mu, logvar = torch.ops.ibkernels.encode(flat, weight, lora_b, bias, *logvar_range, backend or "")
     shape = (*hidden.shape[:-1], mu.shape[1])
     return mu.view(shape), logvar.view(shape)
@@ -104,12 +105,14 @@ def _check_encoder(hidden: Tensor, weight: EncoderWeight, bias: Tensor | None) -
     width = hidden.shape[-1]
     lora_b = None
     if isinstance(weight, Tensor):
-        require_shape("weight", weight, (weight.shape[0], width), "[2K, H]")
+        require_shape("weight", weight, (None, width), "[2K, H]")
         outputs = weight.shape[0]
     else:
+        if len(weight) != 2:
+            raise ValueError(f"weight is {len(weight)} tensors; it must be one tensor, or the pair (lora_a, lora_b).")
         weight, lora_b = weight
-        require_shape("lora_a", weight, (weight.shape[0], width), "[R, H]")
-        require_shape("lora_b", lora_b, (lora_b.shape[0], weight.shape[0]), "[2K, R]")
+        require_shape("lora_a", weight, (None, width), "[R, H]")
+        require_shape("lora_b", lora_b, (None, weight.shape[0]), "[2K, R]")
         outputs = lora_b.shape[0]
     if outputs % 2:
         raise ValueError(
@@ -117,13 +120,12 @@ def _check_encoder(hidden: Tensor, weight: EncoderWeight, bias: Tensor | None) -
         )
     if bias is not None:
         require_shape("bias", bias, (outputs,), "[2K]")
-    for name, parameter in (("weight", weight), ("lora_b", lora_b), ("bias", bias)):
-        if parameter is not None and parameter.device != hidden.device:
-            raise ValueError(f"{name} is on {parameter.device} but hidden on {hidden.device}.")
+    require_device(hidden.device, "hidden", weight=weight, lora_b=lora_b, bias=bias)
     return weight, lora_b, hidden.reshape(-1, width).to(compute_dtype(hidden))
 
 
-def _check_logvar_range(logvar_range: tuple[float, float]) -> None:
+def check_logvar_range(logvar_range: tuple[float, float]) -> None:
+    """Raises ValueError unless it is (low, high) in order."""
     if not logvar_range[0] <= logvar_range[1]:
         raise ValueError(f"logvar_range is {logvar_range}; it must be (low, high) with low <= high.")
 

@@ -7,16 +7,27 @@ from torch import Tensor
 def compute_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype an op computes in: that of the tensor, or of autocast where it is on."""
     device = tensor.device.type
-    if tensor.dtype != torch.float64 and torch.is_autocast_enabled(device):
+    if tensor.dtype == torch.float64 or not torch.amp.is_autocast_available(device):  # the meta device has none
+        return tensor.dtype
+    if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return tensor.dtype
 
 
-def require_shape(name: str, tensor: Tensor, shape: tuple[int, ...], meaning: str) -> None:
-    """Raises ValueError unless the tensor is plain and has that shape; `meaning` spells it, e.g. "[2K, H]"."""
+def require_shape(name: str, tensor: Tensor, shape: tuple[int | None, ...], meaning: str) -> None:
+    """Raises unless the tensor is plain and of that shape (None: any size), which `meaning` spells, e.g. "[2K, H]"."""
     require_plain(name, tensor)
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; here it must be {meaning} = {shape}.")
+    fits = tensor.dim() == len(shape)
+    if not fits or any(size is not None and size != own for own, size in zip(tensor.shape, shape, strict=True)):
+        sizes = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; here it must be {meaning} = ({sizes}).")
+
+
+def require_device(device: torch.device, owner: str, **tensors: Tensor | None) -> None:
+    """Raises ValueError unless the tensors that there are lie on `device`, that of the argument `owner`."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device} but {owner} on {device}.")
 
 
 def require_plain(name: str, tensor: Tensor) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import ibkernels.cross_entropy_ops  # noqa: F401  (registers the ops)
-from ibkernels.checks import compute_dtype, require_floating_rows, require_shape
+from ibkernels.checks import compute_dtype, require_device, require_floating_rows, require_shape
 from ibkernels.options import LogitOptions
 
 REDUCTIONS = ("none", "sum", "mean")
@@ -69,9 +69,10 @@ def linear_cross_entropy(
     """
     options = LogitOptions(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     _check(input, labels, token_weight, options, reduction, num_items)
-    require_shape("weight", weight, (weight.shape[0], input.shape[1]), "[V, D]")
+    require_shape("weight", weight, (None, input.shape[1]), "[V, D]")
     if bias is not None:
         require_shape("bias", bias, (weight.shape[0],), "[V]")
+    require_device(input.device, "input", weight=weight, bias=bias, labels=labels, token_weight=token_weight)
     loss, lse, entropy, correct, *_ = torch.ops.ibkernels.linear_cross_entropy(
         input.to(compute_dtype(input)),
         weight,
@@ -123,13 +124,15 @@ def bottleneck_cross_entropy(
     """
     options = LogitOptions(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     _check(z, labels, token_weight, options, reduction, num_items, name="z")
-    hidden_size, width = up_weight.shape[0], z.shape[1]
-    require_shape("up_weight", up_weight, (hidden_size, width), "[H, K]")
-    require_shape("head_weight", head_weight, (head_weight.shape[0], hidden_size), "[V, H]")
+    require_shape("up_weight", up_weight, (None, z.shape[1]), "[H, K]")
+    hidden_size, width = up_weight.shape
+    require_shape("head_weight", head_weight, (None, hidden_size), "[V, H]")
     if up_bias is not None:
         require_shape("up_bias", up_bias, (hidden_size,), "[H]")
     if bias is not None:
         require_shape("bias", bias, (head_weight.shape[0],), "[V]")
+    require_device(z.device, "z", up_weight=up_weight, up_bias=up_bias, head_weight=head_weight, bias=bias)
+    require_device(z.device, "z", labels=labels, token_weight=token_weight)
     if absorb not in (True, False, "auto"):
         raise ValueError(f"absorb is {absorb!r}; it must be True, False or 'auto'.")
     loss, lse, entropy, correct, *_ = torch.ops.ibkernels.bottleneck_cross_entropy(
@@ -180,6 +183,8 @@ def _check(
         raise ValueError(f"reduction is {reduction!r}; it must be one of {', '.join(REDUCTIONS)}.")
     if num_items is not None and reduction != "mean":
         raise ValueError(f"num_items replaces the count of reduction='mean'; it has no meaning with {reduction!r}.")
+    if isinstance(num_items, Tensor) and num_items.dim() != 0:
+        raise ValueError(f"num_items has shape {tuple(num_items.shape)}; it must be a number, or a tensor of shape ().")
     options.check()
 
 
@@ -196,13 +201,13 @@ def _finish(
     return_stats: bool,
 ) -> Tensor | tuple[Tensor, CrossEntropyStats]:
     if reduction == "mean":
-        if num_items is None:
+        count = num_items
+        if count is None:
             valid = labels != ignore_index
-            count = valid.sum() if token_weight is None else torch.where(valid, token_weight.detach(), 0).sum()
-        else:
-            count = torch.as_tensor(num_items, device=loss.device)
+            weights = valid if token_weight is None else torch.where(valid, token_weight.detach(), 0)
+            count = weights.sum(dtype=loss.dtype)
         # No tokens: 0 / 1, connected to the graph, instead of NaN.
-        loss = loss / torch.where(count == 0, 1, count).to(loss.dtype)
+        loss = loss / (torch.where(count == 0, 1, count).to(loss) if isinstance(count, Tensor) else count or 1)
     if not return_stats:
         return loss
     return loss, CrossEntropyStats(entropy.sum(), correct.sum(), lse)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ibkernels.bottleneck import KL_REDUCTIONS, LOGVAR_RANGE, encode, variational_bottleneck
+from ibkernels.bottleneck import KL_REDUCTIONS, LOGVAR_RANGE, check_logvar_range, encode, variational_bottleneck
 from ibkernels.cross_entropy import CrossEntropyStats, bottleneck_cross_entropy
 from ibkernels.philox import rng_state
 
@@ -61,6 +61,7 @@ class VariationalBottleneck(nn.Module):
             )
         if kl_reduction not in KL_REDUCTIONS:
             raise ValueError(f"kl_reduction is {kl_reduction!r}; it must be one of {', '.join(KL_REDUCTIONS)}.")
+        check_logvar_range(logvar_range)
         self.sample = sample
         self.logvar_range = logvar_range
         self.kl_reduction = kl_reduction

@@ -19,7 +19,7 @@ class LogitOptions(NamedTuple):
         """Raises ValueError for a value outside its range."""
         if not 0.0 <= self.label_smoothing < 1.0:
             raise ValueError(f"label_smoothing is {self.label_smoothing}; it must be in [0, 1).")
-        if self.z_loss < 0.0:
+        if not self.z_loss >= 0.0:
             raise ValueError(f"z_loss is {self.z_loss}; it must not be negative.")
-        if self.softcap is not None and self.softcap <= 0.0:
+        if self.softcap is not None and not self.softcap > 0.0:
             raise ValueError(f"softcap is {self.softcap}; it must be positive, or None for no soft cap.")

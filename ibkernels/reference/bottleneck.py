@@ -31,8 +31,8 @@ def bottleneck_forward(
     kl = kl.mean(dim=1) if kl_mean else kl.sum(dim=1)
     z = z.to(hidden.dtype, copy=True)  # an op may not return a view of what it also saves
     if t is not None:
-        return z, kl, t, hidden.new_empty(0)
-    return z, kl, mu.to(hidden.dtype, copy=True), raw_logvar.contiguous()
+        return z, kl, t, kl.new_empty(0)
+    return z, kl, mu.to(hidden.dtype, copy=True), raw_logvar.clone(memory_format=torch.contiguous_format)
 
 
 def bottleneck_backward(
@@ -67,7 +67,7 @@ def bottleneck_backward(
     if grad_z is not None:
         grad_mu += grad_z
         if rng is not None:
-            grad_logvar += 0.5 * grad_z * std * noise(rng, _row_ids(rows, hidden), mu.shape[1], dtype)
+            grad_logvar += 0.5 * std * grad_z * noise(rng, _row_ids(rows, hidden), mu.shape[1], dtype)
     grad = torch.cat([grad_mu, grad_logvar * inside], dim=1)  # [N, 2K]
     return _project_backward(grad, hidden, weight, lora_b, bias, t, needs)
 

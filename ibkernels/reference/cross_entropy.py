@@ -17,7 +17,7 @@ _VOCABULARY_BLOCK = 8192  # rows of a low-precision head that are converted at a
 
 
 class CrossEntropyResult(NamedTuple):
-    """losses, lse, entropy [N] and correct [N] (bool), zero where the label is ignored; gradients of sum(losses)."""
+    """losses, entropy and correct (bool) [N], zero where the label is ignored; lse [N]; gradients of sum(losses)."""
 
     losses: Tensor
     lse: Tensor
@@ -83,9 +83,10 @@ def linear_cross_entropy(
         total = exp.sum(dim=1)
         row_lse = total.log() + peak[:, 0]
         if stats:
+            shifted.masked_fill_(exp == 0, 0)  # 0 log 0 = 0, also for a logit of -inf
             entropy[rows] = total.log() - (exp * shifted).sum(dim=1) / total
 
-        loss = row_lse - target_logit
+        loss = total.log() + (peak[:, 0] - target_logit)  # not lse - target: a large common offset would cost digits
         if mean_logit is not None:
             loss = loss + options.label_smoothing * (target_logit - mean_logit)
         losses[rows] = g * (loss + options.z_loss * row_lse.square())

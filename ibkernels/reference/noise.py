@@ -36,15 +36,15 @@ def noise_bits(rng: Tensor, rows: Tensor, columns: int) -> Tensor:
 
 
 def noise(rng: Tensor, rows: Tensor, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Standard normals [N, columns] of the stream, computed in `dtype` (float32 or float64)."""
+    """Standard normals [N, columns] of the stream, computed in float64 and rounded once to `dtype`."""
     padded = (columns + 15) // 16 * 16
     # Columns 2i and 2i+1 are one pair of Philox outputs, hence one Box-Muller pair: r cos t, r sin t.
     pairs = noise_bits(rng, rows, padded).view(rows.numel(), padded // 2, 2)
-    uniform = ((pairs >> 8) | 1).to(dtype) * 2.0**-24  # exact in float32, inside (0, 1)
+    uniform = ((pairs >> 8) | 1).to(torch.float64) * 2.0**-24  # inside (0, 1)
     radius = torch.sqrt(-2.0 * torch.log(uniform[..., 0]))
     angle = uniform[..., 1] * (2.0 * math.pi)
     normals = torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], dim=-1)
-    return normals.view(rows.numel(), padded)[:, :columns]
+    return normals.view(rows.numel(), padded)[:, :columns].to(dtype)
 
 
 def _round(counter: list[Tensor], keys: list[Tensor]) -> list[Tensor]:

@@ -42,9 +42,9 @@ def prepare_output(folder: Path, *, overwrite: bool, resume: bool) -> None:
     if resume and not checkpoints(folder):
         raise InputError(f"--resume: there is no checkpoint in {folder} to continue from.")
     if not overwrite:
-        if (folder / RECORD_NAME).exists():
+        if _is_finished(folder):
             raise InputError(f"output_dir {folder} holds a finished run; choose another, or pass --overwrite.")
-        if not resume and (checkpoints(folder) or (folder / METRICS_NAME).exists()):
+        if not resume and (checkpoints(folder) or (folder / RECORD_NAME).exists()):
             raise InputError(
                 f"output_dir {folder} holds an unfinished run; pass --resume, or --overwrite to start over."
             )
@@ -134,7 +134,7 @@ def load_checkpoint(
 
 
 def save_result(folder: Path, model: IBModel, tokenizer: PreTrainedTokenizerBase, record: dict[str, Any]) -> None:
-    """The final artefacts: PEFT adapter, bottleneck, tokenizer; last ibft.json, which marks the run as finished."""
+    """The final artefacts: adapter, bottleneck, tokenizer; last ibft.json, whose result marks the run as finished."""
     partial = folder / ".result.partial"
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
@@ -169,6 +169,14 @@ def trim_metrics(path: Path, step: int) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text("".join(f"{line}\n" for line in kept))
     os.replace(partial, path)
+
+
+def _is_finished(folder: Path) -> bool:
+    """A record is written when a run starts, and again with its result when everything else is in place."""
+    try:
+        return json.loads((folder / RECORD_NAME).read_text())["result"] is not None
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -310,7 +310,9 @@ def _token_mask(token_mask: Tensor | None, attention_mask: Tensor | None, labels
 
 def _count(count: int | Tensor, like: Tensor) -> Tensor:
     """A count to divide by: one where there is nothing to count, so that an empty mean is a connected zero."""
-    return torch.as_tensor(count, device=like.device).clamp(min=1)
+    if isinstance(count, Tensor):
+        return count.to(like.device).reshape(()).clamp(min=1)
+    return torch.full((), max(count, 1), device=like.device)  # filled there: copying a number over stops the host
 
 
 def _locate(model_id: str, name: str) -> Path | None:

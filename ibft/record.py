@@ -2,6 +2,7 @@
 
 import platform
 import sys
+import textwrap
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -44,11 +45,12 @@ def describe_run(run: "Run") -> str:
     ]
     if run.start_step:
         lines.append(f"resuming      after step {run.start_step}")
-    return "\n".join(lines)
+    values = " ".join(f"{name}={value}" for name, value in config.to_dict().items() if value is not None)
+    return "\n".join([*lines, *textwrap.wrap(values, 118, initial_indent="configuration ", subsequent_indent=" " * 14)])
 
 
-def run_record(run: "Run", summary: dict[str, Any]) -> dict[str, Any]:
-    """The content of ibft.json."""
+def run_record(run: "Run", result: dict[str, Any] | None) -> dict[str, Any]:
+    """The content of ibft.json; `result` is None until the run is finished."""
     return {
         "config": run.config.to_dict(),
         "ib": None if run.model.ib_config is None else asdict(run.model.ib_config),
@@ -57,7 +59,7 @@ def run_record(run: "Run", summary: dict[str, Any]) -> dict[str, Any]:
         "engine": run.engine.name,
         "attention": run.attention.implementation,
         "steps": run.total_steps,
-        "result": summary,
+        "result": result,
         "command": sys.argv,
         "versions": _versions(),
     }

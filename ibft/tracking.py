@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-_SHOWN = ("loss", "ce", "kl_nats", "ce_ib", "tokens_per_second")
+_SHOWN = ("loss", "ce", "kl_nats", "ce_ib", "active_share", "tokens_per_second")
 
 
 class Metrics:

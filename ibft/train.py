@@ -23,6 +23,7 @@ from ibft.architecture import CausalLM, default_target_layer
 from ibft.attention import Attention, select_attention
 from ibft.checkpoint import (
     METRICS_NAME,
+    RECORD_NAME,
     checkpoints,
     clear_output,
     load_checkpoint,
@@ -30,6 +31,7 @@ from ibft.checkpoint import (
     save_checkpoint,
     save_result,
     trim_metrics,
+    write_json,
 )
 from ibft.config import TrainConfig, lora_config, parse_args
 from ibft.data import BatchPlan, EncodedDataset, collate, encode, load_rows
@@ -111,7 +113,7 @@ def train(config: TrainConfig, notices: Sequence[str] = ()) -> dict[str, Any]:
         finally:
             if metrics is not None:
                 metrics.close()
-        record = run_record(run, summary)
+        record = run_record(run, result=summary)
         if engine.is_main:
             save_result(run.output, run.model, run.tokenizer, record)
             print(f"adapter written to {run.output}")
@@ -185,6 +187,7 @@ def _announce(run: Run, notices: Sequence[str]) -> Metrics | None:
         trim_metrics(run.output / METRICS_NAME, run.start_step)
     else:
         clear_output(run.output)
+    write_json(run.output / RECORD_NAME, run_record(run, result=None))
     return Metrics(run.output / METRICS_NAME, total_steps=run.total_steps, start_step=run.start_step, tracker=tracker)
 
 
@@ -195,6 +198,8 @@ def _loop(run: Run, metrics: Metrics | None) -> dict[str, Any]:
     trainable = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
     batches = _batches(run)
     batch = next(batches)
+    noise_rng = torch.tensor([config.seed, run.start_step], device=engine.device)  # (seed, step) of the noise stream
+    one_step = torch.tensor([0, 1], device=engine.device)
     diverged = torch.zeros((), device=engine.device)  # sticky: from the first bad step on, no step moves a weight
     window: list[_StepRecord] = []
     window_start = time.perf_counter()
@@ -205,7 +210,6 @@ def _loop(run: Run, metrics: Metrics | None) -> dict[str, Any]:
         # Every term is a mean over the whole step, all micro-batches and ranks. The plan knows the counts.
         documents = plan.documents(step)
         num_labels, num_tokens = int(data.label_tokens[documents].sum()), int(data.lengths[documents].sum())
-        noise_rng = torch.tensor([config.seed, step], device=engine.device)
         num_micro_batches = len(plan.micro_batches(step, engine.rank))
         logged = (step + 1) % config.logging_steps == 0 or step + 1 == run.total_steps
         terms = torch.zeros(4, device=engine.device)
@@ -233,6 +237,7 @@ def _loop(run: Run, metrics: Metrics | None) -> dict[str, Any]:
         optimizer.zero_grad(set_to_none=True)
         learning_rate = run.schedule.get_last_lr()[0]
         run.schedule.step()
+        noise_rng = noise_rng + one_step
 
         scalars = torch.cat([terms, grad_norm.float().reshape(1)])
         window.append(_StepRecord(step + 1, documents, num_tokens, num_labels, learning_rate, scalars))

@@ -57,7 +57,7 @@ class CausalLM:
 
     def decode(self, **inputs: Any) -> Tensor:
         """The hidden states under the output head, [B, T, H]."""
-        return self.decoder(**inputs, use_cache=False)[0]
+        return self.decoder(**{**inputs, "use_cache": False})[0]
 
     def check_layer(self, target_layer: int) -> None:
         """Raises InputError unless hidden_states[target_layer] exists."""
@@ -99,6 +99,28 @@ class CausalLM:
                 f"{type(model).__name__} does not compute its logits as softcap(logit_scale * head(hidden)) with the "
                 f"softcap {self.softcap} and logit_scale {self.logit_scale} of its configuration (largest difference "
                 f"{error:.3g} of {size:.3g}); its loss would be wrong, so it is not supported."
+            )
+
+    @torch.no_grad()
+    def check_packing(self) -> None:
+        """Raises InputError when documents of a packed row see each other, as in models that ignore position_ids.
+
+        A document of two tokens behind another one must have the hidden states that it has alone.
+        """
+        training = self.decoder.training
+        self.decoder.eval()
+        device = self.head.weight.device
+        packed = self.decode(
+            input_ids=torch.tensor([[1, 2, 3, 4]], device=device),
+            position_ids=torch.tensor([[0, 1, 0, 1]], device=device),
+        )[:, 2:]
+        alone = self.decode(
+            input_ids=torch.tensor([[3, 4]], device=device), position_ids=torch.tensor([[0, 1]], device=device)
+        )
+        self.decoder.train(training)
+        if not (packed - alone).abs().max() <= 0.02 * alone.abs().max():
+            raise InputError(
+                f"{type(self.decoder).__name__} does not keep the documents of a packed row apart; use --packing none."
             )
 
 

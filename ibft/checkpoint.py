@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ibft.engine import Engine
 from ibft.errors import InputError
-from ibft.model import IBModel
+from ibft.model import HEAD_NAME, IBModel
+from ibft.objective import CONFIG_NAME
 
 RECORD_NAME = "ibft.json"
 METRICS_NAME = "metrics.jsonl"
@@ -27,8 +28,10 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _FREE_TO_CHANGE = {
     *("output_dir", "overwrite", "resume", "save_strategy", "save_steps", "save_total_limit", "logging_steps"),
     *("report_to", "run_name", "num_proc", "ddp_timeout", "debug"),
-    # Where things came from: what was in them is compared.
-    *("base_model", "dataset", "training_config", "adapter_config", "preset"),
+    # Where things came from, and how they were asked for: what came of it is compared.
+    *("base_model", "dataset", "training_config", "adapter_config", "preset", "dtype", "use_cpu"),
+    *("per_device_train_batch_size", "tokens_per_batch", "gradient_accumulation_steps"),
+    *("max_steps", "num_train_epochs"),
 }
 
 
@@ -39,20 +42,26 @@ def prepare_output(folder: Path, *, overwrite: bool, resume: bool) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"output_dir {folder} is a file; name a folder.")
+    if (folder / "config.json").exists():  # with an adapter beside it, transformers would load both as one model
+        raise InputError(f"output_dir {folder} holds a model (config.json); choose another folder.")
     if resume and not checkpoints(folder):
         raise InputError(f"--resume: there is no checkpoint in {folder} to continue from.")
     if not overwrite:
         if _is_finished(folder):
             raise InputError(f"output_dir {folder} holds a finished run; choose another, or pass --overwrite.")
-        if not resume and (checkpoints(folder) or (folder / RECORD_NAME).exists()):
+        if not resume and checkpoints(folder):
             raise InputError(
                 f"output_dir {folder} holds an unfinished run; pass --resume, or --overwrite to start over."
+            )
+        if not resume and (folder / RECORD_NAME).exists():
+            raise InputError(
+                f"output_dir {folder} holds a run that ended before its first checkpoint; pass --overwrite."
             )
         if not resume and (folder / "adapter_config.json").exists():
             raise InputError(f"output_dir {folder} holds another adapter; choose another, or pass --overwrite.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".write-test"
+        probe = folder / f".write-test-{os.getpid()}"
         probe.touch()
         probe.unlink()
     except OSError as error:
@@ -60,10 +69,12 @@ def prepare_output(folder: Path, *, overwrite: bool, resume: bool) -> None:
 
 
 def clear_output(folder: Path) -> None:
-    """Removes an earlier run's checkpoints, metrics and record; called once the new run is sure to start."""
+    """Removes what an earlier run left, so that nothing of it mixes with the new one."""
     for checkpoint in checkpoints(folder):
-        shutil.rmtree(checkpoint)
-    for name in (METRICS_NAME, RECORD_NAME):
+        _remove(checkpoint)
+    for partial in folder.glob(".*.partial"):
+        shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+    for name in (RECORD_NAME, METRICS_NAME, HEAD_NAME, CONFIG_NAME, "adapter_model.safetensors", "adapter_config.json"):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -71,8 +82,11 @@ def checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints in a run's folder, oldest step first."""
     if not folder.is_dir():
         return []
-    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _CHECKPOINT.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
+    named = [(match, path) for path in folder.iterdir() if (match := _CHECKPOINT.fullmatch(path.name))]
+    # Another trainer's folders of that name are none of ours.
+    return [
+        path for _, path in sorted((int(match[1]), path) for match, path in named if (path / _STATE_NAME).is_file())
+    ]
 
 
 def save_checkpoint(
@@ -101,10 +115,10 @@ def save_checkpoint(
         state = {"step": step, "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "run": run}
         torch.save(state, partial / _STATE_NAME)
         if target.exists():
-            shutil.rmtree(target)
+            _remove(target)
         partial.rename(target)
         for old in checkpoints(folder)[: -keep or None] if keep is not None else []:
-            shutil.rmtree(old)
+            _remove(old)
     engine.barrier()
 
 
@@ -142,8 +156,12 @@ def save_result(folder: Path, model: IBModel, tokenizer: PreTrainedTokenizerBase
     write_json(partial / RECORD_NAME, record)
     names = sorted(path.name for path in partial.iterdir())
     for name in sorted(names, key=lambda name: name == RECORD_NAME):
+        if name == "README.md" and (folder / name).exists():
+            continue  # PEFT's model card must not replace a text of the user's
+        if (folder / name).is_dir():
+            shutil.rmtree(folder / name)
         os.replace(partial / name, folder / name)
-    partial.rmdir()
+    shutil.rmtree(partial)
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
@@ -169,6 +187,14 @@ def trim_metrics(path: Path, step: int) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text("".join(f"{line}\n" for line in kept))
     os.replace(partial, path)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Renamed first: a removal cut short leaves nothing that looks like a checkpoint."""
+    doomed = checkpoint.with_name(f".{checkpoint.name}.partial")
+    shutil.rmtree(doomed, ignore_errors=True)
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def _is_finished(folder: Path) -> bool:

@@ -5,7 +5,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from ibft.errors import InputError
+from ibft.errors import InputError, TrainingDiverged
 
 _USAGE = """usage: ibft COMMAND [options]
 
@@ -45,14 +45,19 @@ def run_command(command: Callable[[Sequence[str]], None], argv: Sequence[str]) -
 
     `--debug` among the arguments lets every error through with its traceback.
     """
-    from ibft.train import TrainingDiverged
-
+    rank = os.environ.get("RANK", "0")  # under torchrun, an error may be one process's alone
+    where = "" if rank == "0" else f" (process {rank})"
     try:
         command(argv)
     except (InputError, TrainingDiverged) as error:
         if "--debug" in argv:
             traceback.print_exc()
-        if os.environ.get("RANK", "0") == "0":  # under torchrun every rank finds the same error: say it once
-            print(f"ibft: error: {error}", file=sys.stderr)
+        print(f"ibft: error{where}: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
+    except KeyboardInterrupt:
+        print(
+            f"ibft: interrupted{where}; `--resume` continues from the newest checkpoint, if there is one.",
+            file=sys.stderr,
+        )
+        return 130
     return 0

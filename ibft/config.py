@@ -124,6 +124,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        for name in ("base_model", "dataset", "output_dir", "training_config", "adapter_config"):
+            if (getattr(self, name) or "").startswith("~"):  # the shell leaves it alone in --output_dir=~/run
+                object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))
         self.validate()
 
     def validate(self) -> None:
@@ -216,6 +219,13 @@ def parse_args(argv: Sequence[str], prog: str = "ibft train") -> tuple[TrainConf
     ib_flags = [f"--{name}" for name in flags if FIELDS[name].metadata["group"] == BOTTLENECK]
     if config.method == "sft" and ib_flags:
         notices.append(f"{', '.join(ib_flags)}: no effect, because --method sft trains without a bottleneck.")
+    if "tokens_per_batch" in flags and "per_device_train_batch_size" in flags:
+        raise InputError("--tokens_per_batch and --per_device_train_batch_size set the same thing; give one of them.")
+    for name, stronger in (("num_train_epochs", "max_steps"), ("warmup_ratio", "warmup_steps")):
+        if name in flags and stronger in flags:
+            notices.append(f"--{name}: no effect beside --{stronger}.")
+    if "save_steps" in flags and config.save_strategy == "no":
+        notices.append("--save_steps: no effect with save_strategy no.")
     if os.path.normpath(config.output_dir) == os.curdir:
         notices.append("output_dir is the current folder, and the run writes its files there; --output_dir changes it.")
     return config, notices
@@ -252,7 +262,10 @@ def check_deepspeed(config: TrainConfig) -> None:
     if not config.use_deepspeed:
         return
     if importlib.util.find_spec("deepspeed") is None:
-        raise InputError('--use_deepspeed needs DeepSpeed, which is not installed: `pip install "ibft[deepspeed]"`.')
+        raise InputError(
+            '--use_deepspeed needs DeepSpeed, which is not installed (`pip install "ibft[deepspeed]"`); and this '
+            "version cannot train with it yet, only on one process or, under torchrun, with DDP."
+        )
     raise InputError(
         "--use_deepspeed: this version trains on one process or, under torchrun, with DDP; training with DeepSpeed is "
         "not available yet."

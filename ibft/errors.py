@@ -1,5 +1,9 @@
-"""The error that a user's input causes, as opposed to a bug: the command line prints it without a traceback."""
+"""The errors that are not bugs: the command line prints them without a traceback."""
 
 
 class InputError(ValueError):
     """What was wrong, the offending value, and what would be accepted, as a sentence or two."""
+
+
+class TrainingDiverged(RuntimeError):
+    """A loss or gradient that is not finite; the weights are those from before the step that the message names."""

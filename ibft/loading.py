@@ -1,5 +1,7 @@
 """The base model and its tokenizer, from a folder or the Hub, with errors that say what was looked for."""
 
+import hashlib
+import json
 import warnings
 from pathlib import Path
 
@@ -30,17 +32,37 @@ def load_base_model(name: str, dtype: torch.dtype, attn_implementation: str, dev
     """A causal language model in evaluation mode on `device`. Raises InputError when it cannot be loaded."""
     _check_folder(name)
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attn_implementation)
+        model = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            # Straight to the GPU: no copy of the whole model in the host's memory, once per process.
+            device_map={"": device} if device.type == "cuda" else None,
+        )
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"base_model {name!r} cannot be loaded as a causal LM: {_first_line(error)}") from error
     return model.to(device)
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """sha256 (hex) that tells base models apart: their configuration, and the first weights of every parameter."""
+    settings = {k: v for k, v in model.config.to_dict().items() if k != "_name_or_path"}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, parameter in model.named_parameters():
+        first = parameter.detach().flatten()[:256].float().cpu()
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode() + first.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def resolve_dtype(requested: str, device: torch.device) -> torch.dtype:
     """The base model's dtype: "auto" is bfloat16 on a GPU that has it, else float32."""
     if requested != "auto":
         return getattr(torch, requested)
-    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    return (
+        torch.bfloat16
+        if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        else torch.float32
+    )
 
 
 def _check_folder(name: str) -> None:

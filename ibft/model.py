@@ -23,6 +23,7 @@ from ibkernels import VariationalBottleneck, linear_cross_entropy
 
 HEAD_NAME = "ib_head.safetensors"
 _PREFIX = "bottleneck."
+_HUB_ARGUMENTS = ("revision", "subfolder", "token", "cache_dir", "force_download", "local_files_only")
 
 
 @dataclass
@@ -60,6 +61,10 @@ class IBModel(PeftModelForCausalLM):
     ) -> None:
         if isinstance(model, PeftModel):
             raise InputError("the base model already carries a PEFT adapter; pass the model that it wraps.")
+        if getattr(model, "_hf_peft_config_loaded", False):
+            raise InputError(
+                "the base model's folder holds an adapter, which transformers has loaded into it; take it out."
+            )
         if peft_config.is_prompt_learning:
             raise InputError(
                 f"peft_type {peft_config.peft_type} learns a prompt; IB-FT trains adapters in the layers (LoRA)."
@@ -69,7 +74,11 @@ class IBModel(PeftModelForCausalLM):
             parts.check_layer(ib.target_layer)
         parts.check_logits(model)
         super().__init__(model, peft_config, adapter_name, **kwargs)
-        CausalLM.of(self.get_base_model()).check_head_is_plain()
+        try:
+            CausalLM.of(self.get_base_model()).check_head_is_plain()
+        except InputError:
+            self.base_model.unload()  # the base model is the caller's: give it back as it was
+            raise
         self.ib_config = ib
         self.bottleneck = None
         self._tap = LayerTap()
@@ -110,8 +119,9 @@ class IBModel(PeftModelForCausalLM):
         **kwargs: Any,
     ) -> "IBModel":
         """Loads adapter and bottleneck (where there is one) from a folder or a Hub repository onto a base model."""
-        file = _locate(str(model_id), CONFIG_NAME)
-        config = config or PeftConfig.from_pretrained(str(model_id))
+        hub = {name: value for name, value in kwargs.items() if name in _HUB_ARGUMENTS}
+        file = _locate(str(model_id), CONFIG_NAME, hub)
+        config = config or PeftConfig.from_pretrained(str(model_id), **hub)
         config.inference_mode = not is_trainable
         wrapped = cls(model, config, adapter_name, ib=None if file is None else IBConfig.load(file))
         wrapped.load_adapter(model_id, adapter_name, is_trainable=is_trainable, **kwargs)
@@ -251,7 +261,7 @@ class IBModel(PeftModelForCausalLM):
         """As PEFT's, and the bottleneck's weights where the folder or repository has them."""
         result = super().load_adapter(str(model_id), adapter_name, is_trainable=is_trainable, **kwargs)
         if self.bottleneck is not None:
-            file = _locate(str(model_id), HEAD_NAME)
+            file = _locate(str(model_id), HEAD_NAME, {n: v for n, v in kwargs.items() if n in _HUB_ARGUMENTS})
             if file is None:
                 raise InputError(
                     f"{model_id} has no {HEAD_NAME}: it holds a plain adapter, load that with ib=None (SFT)."
@@ -276,7 +286,7 @@ class IBModel(PeftModelForCausalLM):
 
     def _check_tapped(self, hidden: Tensor) -> None:
         if torch.is_grad_enabled() and not hidden.requires_grad:
-            raise RuntimeError(
+            raise InputError(
                 "the tapped hidden states take no gradient, so the bottleneck would shape nothing: no adapter at or "
                 "below the target layer is trainable, or reentrant activation checkpointing runs over frozen "
                 "embeddings (call enable_input_require_grads(), or use_reentrant=False)."
@@ -315,12 +325,12 @@ def _count(count: int | Tensor, like: Tensor) -> Tensor:
     return torch.full((), max(count, 1), device=like.device)  # filled there: copying a number over stops the host
 
 
-def _locate(model_id: str, name: str) -> Path | None:
+def _locate(model_id: str, name: str, hub: dict[str, Any]) -> Path | None:
     """The file of that name in a local folder or a Hub repository; None where it has none."""
     if Path(model_id).is_dir():
-        file = Path(model_id) / name
+        file = Path(model_id) / (hub.get("subfolder") or "") / name
         return file if file.is_file() else None
     try:
-        return Path(hf_hub_download(model_id, name))
+        return Path(hf_hub_download(model_id, name, **hub))
     except EntryNotFoundError:
         return None

@@ -89,8 +89,8 @@ def active_share(mu: Tensor) -> Tensor:
     """Share of the bottleneck's dimensions that carry information: mu [N, K] -> scalar in [0, 1].
 
     A dimension is active when the variance of its mean over the tokens exceeds 0.01 (Burda et al., arXiv 1509.00519);
-    with none active the posterior has collapsed onto the prior. 0 for fewer than two tokens.
+    with none active the posterior has collapsed onto the prior. NaN for fewer than two tokens.
     """
     if mu.shape[0] < 2:
-        return mu.new_zeros(())
+        return mu.new_full((), float("nan"))
     return (mu.float().var(dim=0) > ACTIVE_VARIANCE).float().mean()

@@ -54,6 +54,8 @@ def run_record(run: "Run", result: dict[str, Any] | None) -> dict[str, Any]:
     return {
         "config": run.config.to_dict(),
         "ib": None if run.model.ib_config is None else asdict(run.model.ib_config),
+        "adapter": run.adapter,
+        "base": run.base_fingerprint,
         "prompt_format": run.data.prompt_format,
         "data": {"fingerprint": run.data.fingerprint, **asdict(run.data.report)},
         "engine": run.engine.name,

@@ -64,7 +64,8 @@ def start_tracker(report_to: list[str], run_name: str | None, config: dict[str, 
     import wandb
 
     try:
-        return wandb.init(project="ibft", name=run_name, config=config), None
+        project = os.environ.get("WANDB_PROJECT", "ibft")
+        return wandb.init(project=project, name=run_name, config=config), None
     except Exception as error:  # wandb raises errors of many kinds, of the network too: none is worth a training run
         return None, f"wandb could not start ({error}); {advice}."
 

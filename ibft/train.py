@@ -5,6 +5,8 @@ Reads top to bottom: set up, describe, loop, finish. Also `python -m ibft.train`
 """
 
 import gc
+import json
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -36,16 +38,12 @@ from ibft.checkpoint import (
 from ibft.config import TrainConfig, lora_config, parse_args
 from ibft.data import BatchPlan, EncodedDataset, collate, encode, load_rows
 from ibft.engine import Engine, start_engine
-from ibft.loading import load_base_model, load_tokenizer, quiet_libraries, resolve_dtype
+from ibft.errors import TrainingDiverged
+from ibft.loading import fingerprint, load_base_model, load_tokenizer, quiet_libraries, resolve_dtype
 from ibft.model import IBModel, IBOutput
 from ibft.objective import IBConfig
 from ibft.record import describe_run, run_record
 from ibft.tracking import Metrics, start_tracker
-
-
-class TrainingDiverged(RuntimeError):
-    """A loss or gradient that is not finite; the weights are those from before the step that the message names."""
-
 
 _COLLAPSED = (
     "warning: the posterior has collapsed: no dimension of the bottleneck varies with the input (all have "
@@ -66,6 +64,7 @@ class Run:
     model: IBModel
     optimizer: AdamW
     schedule: LRScheduler
+    base_fingerprint: str
     total_steps: int
     warmup_steps: int
     start_step: int = 0
@@ -77,9 +76,25 @@ class Run:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a resumed run must match."""
-        ib = None if self.model.ib_config is None else asdict(self.model.ib_config)
-        return {**self.config.to_dict(), "ib": ib, "data": self.data.fingerprint, "total_steps": self.total_steps}
+        """What a resumed run must match: its settings, and what came of them."""
+        return {
+            **self.config.to_dict(),
+            "ib": None if self.model.ib_config is None else asdict(self.model.ib_config),
+            "adapter": self.adapter,
+            "base": self.base_fingerprint,
+            "data": self.data.fingerprint,
+            "rows_per_step": self.plan.rows_per_step,
+            "total_steps": self.total_steps,
+        }
+
+    @property
+    def adapter(self) -> dict[str, Any]:
+        """PEFT's configuration of the adapter, JSON-able."""
+        values = self.model.peft_config["default"].to_dict()
+        values = {name: value for name, value in values.items() if name != "base_model_name_or_path"}
+        return json.loads(
+            json.dumps(values, default=lambda value: sorted(value) if isinstance(value, set) else str(value))
+        )
 
 
 class _StepRecord(NamedTuple):
@@ -154,21 +169,37 @@ def _set_up(config: TrainConfig, engine: Engine) -> Run:
         seed=config.seed,
     )
     total_steps = config.max_steps if config.max_steps > 0 else plan.total_steps(config.num_train_epochs)
-    warmup_steps = config.warmup_steps or round(config.warmup_ratio * total_steps)
+    warmup_steps = config.warmup_steps or math.ceil(config.warmup_ratio * total_steps)
 
     # One seed makes the same initial weights on every rank; each rank's dropout then has a seed of its own.
-    set_seed(config.seed)
+    set_seed(config.seed % 2**32)
     dtype = resolve_dtype(config.dtype, engine.device)
     base = load_base_model(config.base_model, dtype, attention.implementation, engine.device)
+    if config.packing != "none":
+        CausalLM.of(base).check_packing()
+    base_fingerprint = fingerprint(base)
     model = IBModel.from_base(base, adapter, _ib_config(config, base))
     if config.gradient_checkpointing:
         model.enable_input_require_grads()  # the embeddings are frozen: without this no gradient would enter
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    set_seed(config.seed + engine.rank)
+    set_seed((config.seed + engine.rank) % 2**32)
 
     optimizer = _build_optimizer(config, model)
     schedule = get_scheduler(config.lr_scheduler_type, optimizer, warmup_steps, total_steps)
-    run = Run(config, engine, attention, tokenizer, data, plan, model, optimizer, schedule, total_steps, warmup_steps)
+    run = Run(
+        config,
+        engine,
+        attention,
+        tokenizer,
+        data,
+        plan,
+        model,
+        optimizer,
+        schedule,
+        base_fingerprint,
+        total_steps,
+        warmup_steps,
+    )
     if config.resume:
         newest = checkpoints(run.output)[-1]
         run.start_step = load_checkpoint(newest, engine, model, optimizer, schedule, run.identity)
@@ -204,14 +235,17 @@ def _loop(run: Run, metrics: Metrics | None) -> dict[str, Any]:
     window: list[_StepRecord] = []
     window_start = time.perf_counter()
     summary: dict[str, Any] = {}
-    collapsed = False
+    inactive = 0  # logged windows in a row, after the warm-up, in which no dimension of the bottleneck was active
 
     for step in range(run.start_step, run.total_steps):
         # Every term is a mean over the whole step, all micro-batches and ranks. The plan knows the counts.
         documents = plan.documents(step)
         num_labels, num_tokens = int(data.label_tokens[documents].sum()), int(data.lengths[documents].sum())
         num_micro_batches = len(plan.micro_batches(step, engine.rank))
-        logged = (step + 1) % config.logging_steps == 0 or step + 1 == run.total_steps
+        done = step + 1
+        saving = config.save_strategy == "steps" and done % config.save_steps == 0 and done < run.total_steps
+        # Before a checkpoint too, so that none is written of a run that has diverged, or ahead of its metrics.
+        logged = done % config.logging_steps == 0 or done == run.total_steps or saving
         terms = torch.zeros(4, device=engine.device)
 
         for micro in range(num_micro_batches):
@@ -240,21 +274,23 @@ def _loop(run: Run, metrics: Metrics | None) -> dict[str, Any]:
         noise_rng = noise_rng + one_step
 
         scalars = torch.cat([terms, grad_norm.float().reshape(1)])
-        window.append(_StepRecord(step + 1, documents, num_tokens, num_labels, learning_rate, scalars))
+        window.append(_StepRecord(done, documents, num_tokens, num_labels, learning_rate, scalars))
         if logged:
             records = _to_host(run, window, output.active_share, time.perf_counter() - window_start)
-            _check_finite(run, records, window)
+            sound = next((index for index, values in enumerate(records) if not _is_finite(values)), len(records))
+            if metrics is not None and sound:
+                metrics.write(records[:sound])
+            if sound < len(records):
+                raise TrainingDiverged(_what_diverged(run, records[sound], window[sound]))
             summary = {name: records[-1][name] for name in ("step", "loss", "ce", "kl_nats", "ce_ib", "active_share")}
-            if metrics is not None:
-                metrics.write(records)
-                if summary["active_share"] == 0 and not collapsed:
-                    metrics.say(_COLLAPSED)
-                    collapsed = True
+            inactive = inactive + 1 if summary["active_share"] == 0 and done > run.warmup_steps else 0
+            if metrics is not None and inactive == 2:
+                metrics.say(_COLLAPSED)
             window, window_start = [], time.perf_counter()
-        if config.save_strategy == "steps" and (step + 1) % config.save_steps == 0 and step + 1 < run.total_steps:
+        if saving:
             save_checkpoint(
                 run.output,
-                step + 1,
+                done,
                 engine,
                 run.model,
                 optimizer,
@@ -343,24 +379,27 @@ def _to_host(run: Run, window: list[_StepRecord], share: Tensor | None, seconds:
                 "tokens_per_second": round(tokens_per_second, 1),
             }
         )
-    records[-1]["active_share"] = None if share is None else share.item()
+    if share is not None and not math.isnan(value := share.item()):
+        records[-1]["active_share"] = value
     return records
 
 
-def _check_finite(run: Run, records: list[dict[str, Any]], window: list[_StepRecord]) -> None:
-    for record, values in zip(window, records, strict=True):
-        if all(
-            values[name] is None or np.isfinite(values[name]) for name in ("loss", "ce", "kl", "ce_ib", "grad_norm")
-        ):
-            continue
-        examples = sorted(run.data.document(int(index)).example_id for index in record.documents)
-        shown = ", ".join(map(str, examples[:20])) + (", ..." if len(examples) > 20 else "")
-        found = ", ".join(f"{name} {values[name]}" for name in ("loss", "ce", "kl", "ce_ib", "grad_norm"))
-        raise TrainingDiverged(
-            f"step {record.step} is not finite ({found}); its batch holds the dataset's rows {shown} (from 0). "
-            "No weight was changed by this step or after it. A lower --learning_rate or --max_grad_norm, or "
-            "--dtype float32, may help."
-        )
+_CHECKED = ("loss", "ce", "kl", "ce_ib", "grad_norm")
+
+
+def _is_finite(values: dict[str, Any]) -> bool:
+    return all(values[name] is None or math.isfinite(values[name]) for name in _CHECKED)
+
+
+def _what_diverged(run: Run, values: dict[str, Any], record: _StepRecord) -> str:
+    examples = sorted(run.data.document(int(index)).example_id for index in record.documents)
+    shown = ", ".join(map(str, examples[:20])) + (", ..." if len(examples) > 20 else "")
+    found = ", ".join(f"{name} {values[name]}" for name in _CHECKED)
+    return (
+        f"step {record.step} is not finite ({found}); its batch holds the dataset's rows {shown} (from 0). "
+        "No weight was changed by this step or after it. A lower --learning_rate or --max_grad_norm, or "
+        "--dtype float32, may help."
+    )
 
 
 if __name__ == "__main__":

@@ -190,7 +190,9 @@ def test_frozen_and_independent():
 
 def test_rows_per_batch():
     assert parse("--per_device_train_batch_size 3").rows_per_batch == 3
-    assert parse("--per_device_train_batch_size 3 --tokens_per_batch 4096 --max_length 1024").rows_per_batch == 4
+    assert parse("--tokens_per_batch 4096 --max_length 1024").rows_per_batch == 4
+    with pytest.raises(InputError, match="set the same thing; give one of them"):
+        parse("--per_device_train_batch_size 3 --tokens_per_batch 4096 --max_length 1024")
 
 
 # --- where values come from

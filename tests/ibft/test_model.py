@@ -316,7 +316,7 @@ def test_tapped_states_without_gradient() -> None:
     model = wrap(
         tiny_model("llama"), config(), target_modules=["q_proj"], layers_to_transform=[2]
     )  # the tap is below the only adapter
-    with pytest.raises(RuntimeError, match="the tapped hidden states take no gradient"):
+    with pytest.raises(InputError, match="the tapped hidden states take no gradient"):
         model(**random_batch(), noise_rng=RNG)
 
 

@@ -37,7 +37,7 @@ class DemoConfig:
 
     output_dir: str = flag("demo", "ibft-demo", "folder for data, base model, both runs and the plot", NOT_EMPTY)
     seed: int = flag("demo", 0, "of data, initialisation, order and noise")
-    pretraining_steps: int = flag("demo", 200, "optimizer steps of the base model", AT_LEAST_1)
+    pretraining_steps: int = flag("demo", 80, "optimizer steps of the base model", AT_LEAST_1)
     steps: int = flag("demo", 100, "optimizer steps of each fine-tuning", AT_LEAST_1)
     overwrite: bool = flag("demo", False, "start over in a folder that holds a demo")
 
@@ -52,6 +52,7 @@ def run_demo(config: DemoConfig) -> list[dict[str, Any]]:
         raise InputError(f"output_dir {folder} holds a finished demo; choose another, or pass --overwrite.")
     folder.mkdir(parents=True, exist_ok=True)
     quiet_libraries(progress_bars=False)
+    torch.set_flush_denormal(True)  # tiny numbers would make a small model crawl on a CPU
 
     start = time.perf_counter()
     tasks = generate_tasks(PRETRAINING_TASKS + TRAINING_TASKS + HELD_OUT_TASKS, seed=config.seed)

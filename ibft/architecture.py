@@ -59,6 +59,11 @@ class CausalLM:
         """The hidden states under the output head, [B, T, H]."""
         return self.decoder(**{**inputs, "use_cache": False})[0]
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [..., H], what the head reads -> logits [..., V], float32."""
+        logits = self.logit_scale * self.head(hidden).float()
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
     def check_layer(self, target_layer: int) -> None:
         """Raises InputError unless hidden_states[target_layer] exists."""
         if not 1 <= target_layer <= self.num_layers:
@@ -89,9 +94,7 @@ class CausalLM:
         model.eval()
         ids = torch.tensor([[0, 1]], device=self.head.weight.device)
         expected = model(input_ids=ids, use_cache=False).logits.float()
-        logits = self.logit_scale * self.head(self.decode(input_ids=ids)).float()
-        if self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
+        logits = self.logits(self.decode(input_ids=ids))
         model.train(training)
         error, size = (logits - expected).abs().max().item(), expected.abs().max().item()
         if not error <= 0.02 * size:

@@ -3,7 +3,6 @@
 The bottleneck is an auxiliary branch: it shapes the hidden states in training, and at inference nothing of it remains.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -14,31 +13,16 @@ from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftConfig, PeftModel, PeftModelForCausalLM
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers.utils import ModelOutput
 
 from ibft.architecture import CausalLM, LayerTap
 from ibft.errors import InputError
 from ibft.objective import CONFIG_NAME, IBConfig, active_share, weigh_terms
+from ibft.output import DeferredLogits, IBOutput, fused_head_output
 from ibkernels import VariationalBottleneck, linear_cross_entropy
 
 HEAD_NAME = "ib_head.safetensors"
 _PREFIX = "bottleneck."
 _HUB_ARGUMENTS = ("revision", "subfolder", "token", "cache_dir", "force_download", "local_files_only")
-
-
-@dataclass
-class IBOutput(ModelOutput):
-    """What `IBModel` returns for labels. All but `loss` is detached; ce, kl, ce_ib are normalised as in the loss."""
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    ce: Tensor | None = None
-    kl: Tensor | None = None
-    ce_ib: Tensor | None = None
-    active_share: Tensor | None = None
-    num_valid_tokens: Tensor | None = None
-    entropy_sum: Tensor | None = None
-    num_correct_tokens: Tensor | None = None
 
 
 class IBModel(PeftModelForCausalLM):
@@ -142,10 +126,11 @@ class IBModel(PeftModelForCausalLM):
         noise_rng: Tensor | None = None,
         noise_rows: Tensor | None = None,
         return_active_share: bool = False,
-        return_stats: bool = False,
+        return_stats: bool = True,
+        fused_lm_head: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """Without labels the ordinary model; with labels the loss, without logits.
+        """Without labels the ordinary model; with labels the loss, for which no logits are in memory.
 
         Args:
             input_ids, attention_mask, inputs_embeds, position_ids: as the base model takes them, [B, T]. Packed rows:
@@ -160,12 +145,24 @@ class IBModel(PeftModelForCausalLM):
             noise_rng: int64 [2] (seed, offset) of the noise; None: drawn from torch's generator.
             noise_rows: int64 [B, T] row ids of the noise; None: positions in the batch.
             return_active_share: also the bottleneck's share of active dimensions, see `objective.active_share`.
-            return_stats: also entropy_sum and num_correct_tokens over the label positions (one more pass over logits).
+            return_stats: also entropy_sum and num_correct_tokens over the label positions (a little more work on each
+                block of logits), and logits for whoever reads them.
+            fused_lm_head: answer as trl's fused head does, see `output.fused_head_output`.
 
         Returns:
             IBOutput. In evaluation mode `loss` is the plain cross-entropy, and no term of the bottleneck is computed.
+
+        Raises:
+            InputError: in training with a bottleneck and gradients, for a call without labels, whose caller would
+                compute a loss of its own from the logits (Trainer with label_smoothing_factor or compute_loss_func).
         """
         if labels is None:
+            if self.training and self.bottleneck is not None and torch.is_grad_enabled():
+                raise InputError(
+                    "IBModel got no labels in training: a loss computed from its logits would lack the bottleneck's "
+                    "terms. Trainer withholds them for label_smoothing_factor and compute_loss_func: train without "
+                    "these, or with ib=None."
+                )
             return super().forward(
                 input_ids, attention_mask, inputs_embeds=inputs_embeds, position_ids=position_ids, **kwargs
             )
@@ -193,50 +190,40 @@ class IBModel(PeftModelForCausalLM):
             num_items=num_items,
             return_stats=return_stats,
         )
-        stats = None
-        if isinstance(result, tuple):
-            ce, stats = result
-        else:
-            ce = result
-        output = IBOutput(loss=ce, ce=ce.detach(), num_valid_tokens=num_labels)
+        ce, stats = result if isinstance(result, tuple) else (result, None)
+        loss, terms = ce, {"ce": ce.detach(), "num_valid_tokens": num_labels}
         if stats is not None:
-            output.entropy_sum, output.num_correct_tokens = stats.entropy_sum, stats.num_correct
-        if bottleneck is None or self.ib_config is None:
-            return output
-
-        hidden = self._tap.take() if self._tap.attached else last
-        if hidden is None:
-            raise RuntimeError(
-                "the target layer did not run; were the decoder's layers replaced after IBModel was made?"
+            terms |= {"entropy_sum": stats.entropy_sum, "num_correct_tokens": stats.num_correct}
+            if not torch.compiler.is_compiling():
+                terms["logits"] = DeferredLogits(last, parts)
+        if bottleneck is not None and self.ib_config is not None:
+            hidden = self._tap.take() if self._tap.attached else last
+            rows = torch.arange(labels.numel(), device=labels.device) if noise_rows is None else noise_rows
+            mask = _token_mask(token_mask, attention_mask, labels)
+            if by_label := self.ib_config.kl_tokens == "labels":  # the other positions are not needed at all
+                mask = positions.targets != -100
+            hidden, rows = self._tapped(hidden, rows.reshape(-1, 1), positions if by_label else None)
+            z, token_kl = bottleneck(hidden, rng=noise_rng, rows=rows)  # [N, K], [N]
+            kl = torch.where(mask, token_kl, 0).sum()
+            if by_label:
+                kl = kl / num_items
+            elif num_kl_items_in_batch is not None:
+                kl = kl / _count(num_kl_items_in_batch, last)
+            else:
+                kl = kl / _count(mask.sum(), last) * (num_labels / num_items)
+            ce_ib = cast(
+                Tensor,  # without return_stats
+                bottleneck.cross_entropy(
+                    z if by_label else positions.of(z), parts.head.weight, positions.targets, num_items=num_items
+                ),
             )
-        mask = _token_mask(token_mask, attention_mask, labels)
-        if noise_rows is None:
-            noise_rows = torch.arange(labels.numel(), device=labels.device)
-        rows = noise_rows.reshape(-1, 1)
-        if by_label := self.ib_config.kl_tokens == "labels":  # the other positions are not needed at all
-            hidden, rows, mask = positions.of(hidden), positions.of(rows), positions.targets != -100
-        hidden = hidden.reshape(-1, hidden.shape[-1])
-        self._check_tapped(hidden)
-        z, token_kl = bottleneck(hidden, rng=noise_rng, rows=rows[:, 0])  # [N, K], [N]
-        kl_sum = torch.where(mask, token_kl, 0).sum()
-        if by_label:
-            kl = kl_sum / num_items
-        elif num_kl_items_in_batch is not None:
-            kl = kl_sum / _count(num_kl_items_in_batch, last)
-        else:
-            kl = kl_sum / _count(mask.sum(), last) * (num_labels / num_items)
-        ce_ib = cast(
-            Tensor,  # without return_stats
-            bottleneck.cross_entropy(
-                z if by_label else positions.of(z), parts.head.weight, positions.targets, num_items=num_items
-            ),
-        )
-        output.loss = weigh_terms(ce, kl, ce_ib, self.ib_config)
-        output.kl, output.ce_ib = kl.detach(), ce_ib.detach()
-        if return_active_share:
-            with torch.no_grad():
-                output.active_share = active_share(bottleneck.encode(hidden[mask])[0])
-        return output
+            loss = weigh_terms(ce, kl, ce_ib, self.ib_config)
+            terms |= {"kl": kl.detach(), "ce_ib": ce_ib.detach()}
+            if return_active_share:
+                with torch.no_grad():
+                    terms["active_share"] = active_share(bottleneck.encode(hidden[mask])[0])
+        output = IBOutput(loss=loss, **terms)
+        return fused_head_output(output) if fused_lm_head else output
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Writes the adapter exactly as PEFT does; beside it the bottleneck, ib_head.safetensors and ib_config.json."""
@@ -284,13 +271,29 @@ class IBModel(PeftModelForCausalLM):
         self._tap.remove()
         self.bottleneck = self.ib_config = None
 
-    def _check_tapped(self, hidden: Tensor) -> None:
+    def _replicate_for_data_parallel(self) -> Any:
+        raise InputError(
+            "IBModel does not run under torch.nn.DataParallel, which Trainer takes where one process sees several "
+            "GPUs: start the script with torchrun or accelerate launch, or show it one GPU (CUDA_VISIBLE_DEVICES=0)."
+        )
+
+    def _tapped(
+        self, hidden: Tensor | None, rows: Tensor, positions: "_LabelPositions | None"
+    ) -> tuple[Tensor, Tensor]:
+        """The bottleneck's input [N, H] and noise rows [N], at the given positions or at all. Raises InputError."""
+        if hidden is None:
+            raise RuntimeError(
+                "the target layer did not run; were the decoder's layers replaced after IBModel was made?"
+            )
         if torch.is_grad_enabled() and not hidden.requires_grad:
             raise InputError(
                 "the tapped hidden states take no gradient, so the bottleneck would shape nothing: no adapter at or "
                 "below the target layer is trainable, or reentrant activation checkpointing runs over frozen "
                 "embeddings (call enable_input_require_grads(), or use_reentrant=False)."
             )
+        if positions is None:
+            return hidden.reshape(-1, hidden.shape[-1]), rows[:, 0]
+        return positions.of(hidden), positions.of(rows)[:, 0]
 
 
 class _LabelPositions(NamedTuple):

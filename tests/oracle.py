@@ -6,15 +6,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig
 from torch import Tensor, nn
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ibft import IBConfig, IBModel
 from ibkernels import reference
@@ -22,22 +14,32 @@ from ibkernels import reference
 VOCABULARY, HIDDEN, LAYERS = 101, 32, 3
 
 
+# What sets each architecture apart, switched on; head width 8, so that GQA, windows and norms have something to do.
+_LOCAL = {"sliding_window": 4}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 8},
+    "mistral": _LOCAL,
+    "gemma2": {"head_dim": 8, "query_pre_attn_scalar": 8, "final_logit_softcapping": 2.0, **_LOCAL},
+    "gemma3_text": {"head_dim": 8, "query_pre_attn_scalar": 8, "final_logit_softcapping": 3.0, **_LOCAL},
+    "phi3": {"pad_token_id": 0},
+    "granite": {"logits_scaling": 3.0, "embedding_multiplier": 2.0, "residual_multiplier": 0.5},
+    "starcoder2": {"use_bias": True, "residual_dropout": 0.0, "embedding_dropout": 0.0, **_LOCAL},
+    "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "n_positions": 64},
+}
+KINDS = [f"{family}{tied}" for family in FAMILIES for tied in ("", "-tied") if family != "gpt2"] + ["gpt2-tied"]
+
+
 def tiny_model(kind: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
-    """A random model: "llama", "llama-tied", "qwen2", "qwen2-tied" or "gpt2" (tied, by the generic path)."""
+    """A random model of one of FAMILIES; a kind that ends in "-tied" shares embeddings and head."""
     torch.manual_seed(0)
     family, _, tied = kind.partition("-")
-    sizes = {"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "intermediate_size": 48, "num_hidden_layers": LAYERS}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": bool(tied)}
-    model: PreTrainedModel
-    if family == "llama":
-        model = LlamaForCausalLM(LlamaConfig(**sizes, **heads))
-    elif family == "qwen2":
-        model = Qwen2ForCausalLM(Qwen2Config(**sizes, **heads))
-    else:
-        dropouts = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-        model = GPT2LMHeadModel(
-            GPT2Config(vocab_size=VOCABULARY, n_embd=HIDDEN, n_layer=LAYERS, n_head=4, n_positions=64, **dropouts)
-        )
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
+    if family != "gpt2":
+        sizes |= {"intermediate_size": 48, "num_key_value_heads": 2}
+    settings = AutoConfig.for_model(family, **sizes, tie_word_embeddings=bool(tied), **FAMILIES[family])
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(settings)
     for parameter in model.parameters():  # weights large enough that every term matters
         parameter.data.normal_(std=0.2) if parameter.dim() > 1 else parameter.data.add_(
             0.1 * torch.randn_like(parameter)
@@ -50,8 +52,10 @@ def with_exact_norms(model: Any) -> Any:
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if type(child).__name__.endswith("RMSNorm"):
-                norm = nn.RMSNorm(child.weight.shape[0], eps=child.variance_epsilon, dtype=child.weight.dtype)
-                norm.weight = child.weight
+                gemma = type(child).__name__.startswith("Gemma")  # keeps its weight less one, and calls epsilon eps
+                eps = child.eps if gemma else child.variance_epsilon
+                norm = nn.RMSNorm(child.weight.shape[0], eps=eps, dtype=child.weight.dtype)
+                norm.weight = nn.Parameter(1 + child.weight.data) if gemma else child.weight
                 setattr(module, name, norm)
     return model
 

@@ -111,7 +111,7 @@ def build(
         named = dict(model.named_parameters())
 
         def loss(rng: Tensor | None) -> Tensor:
-            return model(**batch, noise_rng=rng).loss
+            return model(**batch, noise_rng=rng, return_stats=False).loss  # as the training loop calls it
     else:
         model = get_peft_model(base, lora)
         named = dict(model.named_parameters())

@@ -257,6 +257,7 @@ def _loop(run: Run, metrics: Metrics | None) -> dict[str, Any]:
                     num_kl_items_in_batch=num_tokens,
                     noise_rng=noise_rng,
                     return_active_share=logged and last,
+                    return_stats=False,
                 )
                 batch = next(batches, {})  # fetched while the GPU is busy with the forward pass
                 (output.loss * engine.loss_scale).backward()

@@ -210,7 +210,7 @@ class IBModel(PeftModelForCausalLM):
             elif num_kl_items_in_batch is not None:
                 kl = kl / _count(num_kl_items_in_batch, last)
             else:
-                kl = kl / _count(mask.sum(), last) * (num_labels / num_items)
+                kl = kl / _count(mask.sum(), last) * num_labels / num_items
             ce_ib = cast(
                 Tensor,  # without return_stats
                 bottleneck.cross_entropy(

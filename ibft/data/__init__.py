@@ -1,7 +1,19 @@
 """Rows → tokens → plan → batches: what happens to a dataset before the model sees it."""
 
 from ibft.data.encode import Document, EncodedDataset, EncodeReport, encode
+from ibft.data.loader import load_batches
+from ibft.data.mixture import load_data
 from ibft.data.packing import BatchPlan, collate
 from ibft.data.sources import load_rows
 
-__all__ = ["BatchPlan", "Document", "EncodeReport", "EncodedDataset", "collate", "encode", "load_rows"]
+__all__ = [
+    "BatchPlan",
+    "Document",
+    "EncodeReport",
+    "EncodedDataset",
+    "collate",
+    "encode",
+    "load_batches",
+    "load_data",
+    "load_rows",
+]

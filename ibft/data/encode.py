@@ -1,6 +1,7 @@
-"""Rows → token documents `[BOS] prompt "\\n" response EOS`, of which the response and EOS are learnt.
+"""Rows → token documents: `[BOS] prompt separator response EOS`, or a conversation as the chat template writes it.
 
-The result lies in a memory-mapped Arrow file of its own, never in a cache that could serve another run's tokens.
+The response and EOS are learnt, or the assistant's turns. The result lies in a memory-mapped Arrow file of its own,
+never in a cache that could serve another run's tokens.
 """
 
 from __future__ import annotations
@@ -19,34 +20,32 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import datasets
 import numpy as np
 
+from ibft.data.chat import ChatEncoder, ChatTemplate
+from ibft.data.columns import SEPARATOR
+from ibft.data.tokens import EMPTY, FEATURES, SHORTENED, TOO_LONG, TextEncoder
 from ibft.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SEPARATOR = "\n"  # between prompt and response; belongs to the prompt
 PROGRESS_BAR_ROWS = 10_000  # fewer rows are tokenised before a bar would be read
-
-FEATURES = datasets.Features(
-    tokens=datasets.Sequence(datasets.Value("int32")),  # empty for a dropped row
-    label_start=datasets.Value("int32"),
-    example_id=datasets.Value("int64"),
-    outcome=datasets.Value("int8"),
-)
-KEPT, SHORTENED, TOO_LONG, EMPTY = range(4)  # outcomes; the first two are documents
 
 
 class Document(NamedTuple):
-    """One row as tokens. Labels are the tokens from `label_start` on, except that a document's first token never is."""
+    """One row as tokens. `is_label` tells which of them are learnt; a document's first token never is."""
 
     tokens: np.ndarray  # [length] int64
-    label_start: int
+    is_label: np.ndarray  # [length] bool
     example_id: int
 
 
 @dataclass(frozen=True)
 class EncodeReport:
-    """What became of the rows: rows = kept + dropped_too_long + dropped_empty, and shortened is part of kept."""
+    """What became of the rows: rows = kept + dropped_too_long + dropped_empty, and shortened is part of kept.
+
+    `datasets` are (name, rows taken from it in an epoch, its weight); `left_out` counts the rows that say they are
+    test rows; `split_conversations` those that became one for each of their answers.
+    """
 
     rows: int
     kept: int
@@ -57,15 +56,50 @@ class EncodeReport:
     label_tokens: int
     bos: bool
     max_length: int
+    chat: bool = False
+    datasets: tuple[tuple[str, int, float], ...] = ()
+    left_out: int = 0
+    split_conversations: int = 0
 
     def lines(self) -> list[str]:
-        return [
-            f"{self.rows:,} rows: {self.kept:,} kept ({self.shortened:,} of them with the prompt shortened from the "
-            f"left), {self.dropped_too_long:,} dropped as longer than {self.max_length:,} tokens, "
-            f"{self.dropped_empty:,} dropped with an empty response",
+        """For people: what each dataset gives, what became of the rows, and what the documents hold."""
+        short = "without their oldest exchanges" if self.chat else "with the prompt shortened from the left"
+        empty = "without an answer" if self.chat else "with an empty response"
+        lines = []
+        if len(self.datasets) > 1 or any(weight != 1 for _, _, weight in self.datasets):
+            lines += [f"{name}: {rows:,} rows, weight {weight:g}" for name, rows, weight in self.datasets]
+        lines.append(
+            f"{self.rows:,} rows: {self.kept:,} kept ({self.shortened:,} of them {short}), "
+            f"{self.dropped_too_long:,} dropped as longer than {self.max_length:,} tokens, "
+            f"{self.dropped_empty:,} dropped {empty}"
+        )
+        if self.left_out:
+            lines.append(f"{self.left_out:,} rows left out, which say that they are for testing")
+        if self.split_conversations:
+            lines.append(
+                f"{self.split_conversations:,} conversations became one for each answer, because the chat template "
+                "writes earlier answers differently"
+            )
+        how = "follows the chat template, and" if self.chat else "ends with EOS and"
+        lines.append(
             f"{self.tokens:,} tokens, {self.label_tokens:,} of them labels ({self.label_tokens / self.tokens:.0%}); "
-            f"every document ends with EOS and {'begins' if self.bos else 'does not begin'} with BOS",
-        ]
+            f"every document {how} {'begins' if self.bos else 'does not begin'} with BOS"
+        )
+        return lines
+
+
+class Origin(NamedTuple):
+    """Where encoded rows come from, for reports and errors; see `EncodeReport`.
+
+    Row i is row source_rows[i] of the dataset names[sources[i]]; [rows] int64 both.
+    """
+
+    names: tuple[str, ...]
+    sources: np.ndarray
+    source_rows: np.ndarray
+    datasets: tuple[tuple[str, int, float], ...] = ()
+    left_out: int = 0
+    split_conversations: int = 0
 
 
 def encode(
@@ -76,18 +110,27 @@ def encode(
     bos: Literal["auto", "yes", "no"] = "auto",
     overlong: Literal["shorten", "drop"] = "shorten",
     num_proc: int | None = None,
+    separator: str = SEPARATOR,
+    order: np.ndarray | None = None,
+    origin: Origin | None = None,
 ) -> EncodedDataset:
     """Tokenise what `load_rows` gave; at most `max_length` tokens (>= 2) a document.
 
-    Prompt and separator are tokenised apart from the response, without special tokens. EOS always closes a document,
-    BOS opens it if `bos` says so ("auto": if the tokenizer does that by itself). An overlong document loses the start
-    of its prompt (never BOS, never a token of the response) until it fits, with at least one token left before the
-    response; where that is impossible, or with overlong="drop", the row is dropped. A row whose response is empty or
-    white space is dropped too.
+    Text: prompt and separator are tokenised apart from the response, without special tokens. EOS always closes a
+    document, BOS opens it if `bos` says so ("auto": if the tokenizer does that by itself). An overlong document loses
+    the start of its prompt (never BOS, never a token of the response) until it fits, with at least one token left
+    before the response; where that is impossible, or with overlong="drop", the row is dropped. A row whose response is
+    empty or white space is dropped too.
+
+    Conversations (rows of `messages`) follow the tokenizer's chat template, which alone writes their special tokens:
+    see `chat.py`. Every assistant's turn is learnt, through its end-of-turn token; EOS is appended where the template
+    has none. An overlong one loses whole exchanges, the oldest first, but not a leading system message.
 
     `num_proc` > 1 tokenises in that many processes (a fast tokenizer uses every core without them), to the same
-    documents. Tokens are written to the folder for temporary files (TMPDIR). InputError: a bad argument, a tokenizer
-    without EOS, or without BOS for bos="yes", no row left.
+    documents. Tokens are written to the folder for temporary files (TMPDIR). With `order` [examples] int64, example i
+    is row order[i], of which one may occur several times; it then replaces the rows' own `example_id`. InputError: a
+    bad argument, a tokenizer without EOS, without a chat template for conversations, or without BOS for bos="yes"; a
+    conversation that the template refuses; no row left.
     """
     if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 2:
         raise InputError(f"max_length must be an integer of at least 2, not {max_length!r}.")
@@ -103,38 +146,68 @@ def encode(
             f"The tokenizer {name!r} has no EOS token, so the model could never learn to stop. Use a tokenizer that "
             "has one, or set tokenizer.eos_token to a token of its vocabulary and save it with the base model."
         )
-    with_bos = _puts_bos(tokenizer, bos, name)
-    row_encoder = _RowEncoder(tokenizer, with_bos, max_length, overlong)
+    if origin is None:
+        origin = Origin(("the dataset",), np.zeros(len(rows), np.int64), np.asarray(rows["example_id"]))
+    encoder: TextEncoder | ChatEncoder
+    prompt_format: dict[str, Any]
+    if "messages" in rows.column_names:
+        template = ChatTemplate(tokenizer)
+        _check_template_bos(template, bos)
+        encoder = ChatEncoder(template, max_length, overlong, origin.names)
+        rows = rows.add_column("source", origin.sources).add_column("source_row", origin.source_rows)
+        prompt_format = {"kind": "chat", "separator": None}
+    else:
+        with_bos = _puts_bos(tokenizer, bos, name)
+        encoder = TextEncoder(tokenizer, with_bos, max_length, overlong, separator)
+        prompt_format = {"kind": "text", "separator": separator, "bos": with_bos, "eos": True}
     directory = tempfile.TemporaryDirectory(prefix="ibft-tokens-")
-    dataset = _map(rows, row_encoder, num_proc, Path(directory.name) / "tokens.arrow")
-    return EncodedDataset(dataset, bos=with_bos, max_length=max_length, directory=directory)
+    dataset = _map(rows, encoder, num_proc, Path(directory.name) / "tokens.arrow")
+    if isinstance(encoder, ChatEncoder):  # after the rows, whose refusals name the row
+        prompt_format |= encoder.template.description
+    return EncodedDataset(
+        dataset, prompt_format=prompt_format, max_length=max_length, directory=directory, order=order, origin=origin
+    )
 
 
 class EncodedDataset:
     """The documents in the order of their rows, memory-mapped; dropped rows are skipped.
 
     `lengths`, `label_tokens`: [documents] int64, tokens and labels of each document (at least 2 and 1). `report` says
-    what was dropped or shortened, `prompt_format` how a prompt must be built for a model trained on this.
+    what was dropped or shortened. `prompt_format` (JSON-able) says how a prompt must be built for a model trained on
+    this: `kind` "text" or "chat", the text's `separator`, whether documents begin with BOS (`bos`) and EOS is appended
+    (`eos`); for "chat", `template` and its `template_sha256`, and the `end_of_turn` at which an answer is complete.
     """
 
     def __init__(
-        self, dataset: datasets.Dataset, *, bos: bool, max_length: int, directory: tempfile.TemporaryDirectory[str]
+        self,
+        dataset: datasets.Dataset,
+        *,
+        prompt_format: dict[str, Any],
+        max_length: int,
+        directory: tempfile.TemporaryDirectory[str],
+        order: np.ndarray | None = None,
+        origin: Origin,
     ) -> None:
         self._directory = directory  # holds the memory-mapped file; removed together with this object
+        self.prompt_format = prompt_format
         table = dataset.data
         outcome = table.column("outcome").to_numpy()
-        documents = outcome <= SHORTENED
-        self._label_starts = table.column("label_start").to_numpy()[documents].astype(np.int64)
-        self._example_ids = table.column("example_id").to_numpy()[documents]
+        if order is None:
+            rows = np.flatnonzero(outcome <= SHORTENED)  # [documents]: the row of each document
+            self._example_ids = table.column("example_id").to_numpy()[rows]
+        else:
+            outcome = outcome[order]
+            self._example_ids = np.flatnonzero(outcome <= SHORTENED)
+            rows = order[self._example_ids]
 
-        # Views of the mapped file: document i is values[chunk[i]][start[i] : start[i] + lengths[i]].
-        chunks = table.column("tokens").chunks
-        self._values: list[np.ndarray] = [chunk.values.to_numpy(zero_copy_only=True) for chunk in chunks]
-        offsets = [chunk.offsets.to_numpy().astype(np.int64) for chunk in chunks]
-        self._chunk = np.repeat(np.arange(len(chunks)), [len(chunk) for chunk in chunks])[documents]
-        self._start = _concatenate([offset[:-1] for offset in offsets])[documents]
-        self.lengths: np.ndarray = _concatenate([np.diff(offset) for offset in offsets])[documents]
-        self.label_tokens: np.ndarray = self.lengths - np.maximum(self._label_starts, 1)
+        self._names = origin.names
+        self._places = np.stack([origin.sources[rows], origin.source_rows[rows]])
+
+        # Views of the mapped file: document i is tokens.values[chunk[i]][start[i] : start[i] + lengths[i]].
+        self._tokens = _Lists(table.column("tokens"), rows)
+        self._spans = _Lists(table.column("spans"), rows)
+        self.lengths: np.ndarray = self._tokens.lengths
+        self.label_tokens: np.ndarray = self._count_labels()
 
         counts = np.bincount(outcome, minlength=EMPTY + 1)
         self.report = EncodeReport(
@@ -145,45 +218,109 @@ class EncodedDataset:
             dropped_empty=int(counts[EMPTY]),
             tokens=int(self.lengths.sum()),
             label_tokens=int(self.label_tokens.sum()),
-            bos=bos,
+            bos=prompt_format["bos"],
             max_length=max_length,
+            chat=prompt_format["kind"] == "chat",
+            datasets=origin.datasets,
+            left_out=origin.left_out,
+            split_conversations=origin.split_conversations,
         )
         if not len(self):
+            empty = "no answer to learn" if self.report.chat else "an empty response"
             raise InputError(
                 f"None of the {len(outcome):,} rows can be trained on: {counts[TOO_LONG]:,} do not fit into max_length "
-                f"{max_length:,}, {counts[EMPTY]:,} have an empty response. Raise --max_length or check the columns."
+                f"{max_length:,}, {counts[EMPTY]:,} have {empty}. Raise --max_length or check the columns."
             )
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def document(self, index: int) -> Document:
-        start = self._start[index]
-        tokens = self._values[self._chunk[index]][start : start + self.lengths[index]].astype(np.int64)
-        return Document(tokens, int(self._label_starts[index]), int(self._example_ids[index]))
+        tokens = self._tokens[index].astype(np.int64)
+        is_label = np.zeros(len(tokens), bool)
+        spans = self._spans[index]
+        for at in range(0, len(spans), 2):
+            is_label[spans[at] : spans[at + 1]] = True
+        is_label[0] = False
+        return Document(tokens, is_label, int(self._example_ids[index]))
 
-    @property
-    def prompt_format(self) -> dict[str, Any]:
-        return {"separator": SEPARATOR, "bos": self.report.bos, "eos": True}
+    def places(self, documents: np.ndarray | list[int], most: int = 20) -> str:
+        """For people: the dataset and row of documents (indices), as "rows 3, 8 of the dataset", `most` of each."""
+        parts = []
+        for source, name in enumerate(self._names):
+            of_document, row = self._places[:, documents]
+            found = np.unique(row[of_document == source]).tolist()
+            if found:
+                parts.append(", ".join(map(str, found[:most])) + ", ..." * (len(found) > most) + f" of {name}")
+        return f"rows {' and '.join(parts)} (from 0)"
+
+    def _count_labels(self) -> np.ndarray:
+        """Labels of each document: the lengths of its spans, less the first token, which is none."""
+        spans = self._spans.flat().astype(np.int64)
+        sizes = spans[1::2] - np.maximum(spans[::2], 1)
+        owner = np.repeat(np.arange(len(self)), self._spans.lengths // 2)
+        return np.bincount(owner, weights=sizes, minlength=len(self)).astype(np.int64)
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 (hex) of all lengths, label starts, example ids (int64) and tokens (int32), little-endian."""
+        """sha256 (hex) of all lengths, label starts, example ids (int64) and tokens (int32), little-endian.
+
+        All spans follow where some document has more than one, or one that does not reach its end; and where rows
+        occur several times, their tokens count each time.
+        """
+        spans = self._spans.flat().astype(np.int64)
+        ends = np.cumsum(self._spans.lengths)
+        columns = [self.lengths, spans[ends - self._spans.lengths], self._example_ids]
+        if len(spans) > 2 * len(self) or (spans[1::2] != self.lengths).any():
+            columns += [self._spans.lengths, spans]
         digest = hashlib.sha256()
-        for column in (self.lengths, self._label_starts, self._example_ids):
+        for column in columns:
             digest.update(column.astype("<i8").tobytes())
-        # Dropped rows hold no tokens, so a chunk's documents lie one behind the other.
-        for chunk, values in enumerate(self._values):
-            first, after = np.searchsorted(self._chunk, [chunk, chunk + 1])
-            if first < after:
-                end = self._start[after - 1] + self.lengths[after - 1]
-                digest.update(values[self._start[first] : end].astype("<i4").tobytes())
+        for values in self._tokens.pieces():
+            digest.update(values.astype("<i4").tobytes())
         return digest.hexdigest()
 
 
+class _Lists:
+    """Some rows' lists of an Arrow column, as views of the mapped file."""
+
+    def __init__(self, column: Any, rows: np.ndarray) -> None:
+        chunks = column.chunks
+        self._values: list[np.ndarray] = [chunk.values.to_numpy(zero_copy_only=True) for chunk in chunks]
+        offsets = [chunk.offsets.to_numpy().astype(np.int64) for chunk in chunks]
+        self._chunk = np.repeat(np.arange(len(chunks)), [len(chunk) for chunk in chunks])[rows]
+        self._start = _concatenate([offset[:-1] for offset in offsets])[rows]
+        self.lengths = _concatenate([np.diff(offset) for offset in offsets])[rows]
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        start = self._start[index]
+        return self._values[self._chunk[index]][start : start + self.lengths[index]]
+
+    def pieces(self) -> Iterator[np.ndarray]:
+        """All lists in order, in as few pieces as lie one behind the other in the file."""
+        if not len(self.lengths):
+            return
+        ends = self._start + self.lengths
+        breaks = (self._chunk[1:] != self._chunk[:-1]) | (self._start[1:] != ends[:-1])
+        firsts = np.flatnonzero(np.concatenate([[True], breaks]))
+        lasts = np.append(firsts[1:], len(ends)) - 1
+        for first, last in zip(firsts, lasts, strict=True):
+            yield self._values[self._chunk[first]][self._start[first] : ends[last]]
+
+    def flat(self) -> np.ndarray:
+        """All lists in order, as one array."""
+        return _concatenate(list(self.pieces()))
+
+
+def _check_template_bos(template: ChatTemplate, bos: str) -> None:
+    _check_bos(bos)
+    if bos != "auto" and (bos == "yes") != (writes := template.description["bos"]):
+        does = "begins conversations with BOS" if writes else "begins no conversation with BOS"
+        raise InputError(f"--bos {bos}: the chat template decides, and this one {does}; use --bos auto.")
+
+
 def _puts_bos(tokenizer: PreTrainedTokenizerBase, bos: str, name: str) -> bool:
-    if bos not in ("auto", "yes", "no"):
-        raise InputError(f"bos must be 'auto', 'yes' or 'no', not {bos!r}.")
+    _check_bos(bos)
     if bos == "yes" and tokenizer.bos_token_id is None:
         raise InputError(f"bos='yes' needs a tokenizer with a BOS token, and {name!r} has none; use 'auto' or 'no'.")
     if bos != "auto":
@@ -191,47 +328,18 @@ def _puts_bos(tokenizer: PreTrainedTokenizerBase, bos: str, name: str) -> bool:
     return tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
-@dataclass(frozen=True)
-class _RowEncoder:
-    """A batch of rows to the columns of FEATURES; an object, so that worker processes can receive it."""
-
-    tokenizer: PreTrainedTokenizerBase
-    bos: bool
-    max_length: int
-    overlong: str
-
-    def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        prompts = self._tokenize([prompt + SEPARATOR for prompt in batch["prompt"]])
-        responses = self._tokenize(batch["response"])
-        encoded = [
-            self._row(prompt, response, not text.strip())
-            for prompt, response, text in zip(prompts, responses, batch["response"], strict=True)
-        ]
-        tokens, label_starts, outcomes = (list(column) for column in zip(*encoded, strict=True))
-        return {"tokens": tokens, "label_start": label_starts, "example_id": batch["example_id"], "outcome": outcomes}
-
-    def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        # verbose=False: a prompt may exceed the model's length here, because it is shortened below.
-        return self.tokenizer(
-            texts, add_special_tokens=False, padding=False, truncation=False, return_attention_mask=False, verbose=False
-        )["input_ids"]
-
-    def _row(self, prompt: list[int], response: list[int], empty: bool) -> tuple[list[int], int, int]:
-        bos, answer = [self.tokenizer.bos_token_id] * self.bos, [*response, self.tokenizer.eos_token_id]
-        excess = len(bos) + len(prompt) + len(answer) - self.max_length
-        if empty or not response:
-            return [], 0, EMPTY
-        if excess > 0 and (self.overlong == "drop" or len(answer) >= self.max_length):
-            return [], 0, TOO_LONG
-        context = bos + prompt[max(excess, 0) :]
-        return context + answer, len(context), SHORTENED if excess > 0 else KEPT
+def _check_bos(bos: str) -> None:
+    if bos not in ("auto", "yes", "no"):
+        raise InputError(f"bos must be 'auto', 'yes' or 'no', not {bos!r}.")
 
 
-def _map(rows: datasets.Dataset, row_encoder: _RowEncoder, num_proc: int | None, file: Path) -> datasets.Dataset:
+def _map(
+    rows: datasets.Dataset, encoder: TextEncoder | ChatEncoder, num_proc: int | None, file: Path
+) -> datasets.Dataset:
     processes = min(num_proc or 1, len(rows))
     with _progress_bar(len(rows) >= PROGRESS_BAR_ROWS), _tokenizer_threads(processes == 1):
         return rows.map(
-            row_encoder,
+            encoder,
             batched=True,
             remove_columns=rows.column_names,
             features=FEATURES,

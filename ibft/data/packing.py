@@ -115,12 +115,12 @@ class BatchPlan:
 
     def _pack(self, epoch: int) -> list[np.ndarray]:
         stream = np.random.PCG64([self.seed, epoch])
-        order = _permutation(stream, len(self.lengths))  # breaks the ties of equal lengths
+        order = permutation(stream, len(self.lengths))  # breaks the ties of equal lengths
         if self.packing == "none":
             return list(order[:, None])
         order = order[np.argsort(-self.lengths[order], kind="stable")]
         bin_of, num_bins = _best_fit(self.lengths[order].tolist(), self.max_length)
-        place = _permutation(stream, num_bins)[bin_of]
+        place = permutation(stream, num_bins)[bin_of]
         boundaries = np.bincount(place, minlength=num_bins).cumsum()[:-1]
         return np.split(order[np.argsort(place, kind="stable")], boundaries)
 
@@ -156,10 +156,10 @@ def collate(
     noise_rows = np.zeros(shape, np.int64)
     for row, documents in enumerate(bins):
         start = 0
-        for tokens, label_start, example_id in documents:
-            end, first_label = start + len(tokens), max(label_start, 1)
+        for tokens, is_label, example_id in documents:
+            end = start + len(tokens)
             input_ids[row, start:end] = tokens
-            labels[row, start + first_label : end] = tokens[first_label:]
+            labels[row, start + 1 : end] = np.where(is_label[1:], tokens[1:], IGNORE)
             position_ids[row, start:end] = positions[: len(tokens)]
             noise_rows[row, start:end] = (example_id * max_length + positions[: len(tokens)]) % 2**32
             start = end
@@ -206,7 +206,7 @@ def _best_fit(lengths: list[int], capacity: int) -> tuple[np.ndarray, int]:
     return np.array(bin_of), num_bins
 
 
-def _permutation(stream: np.random.PCG64, size: int) -> np.ndarray:
+def permutation(stream: np.random.PCG64, size: int) -> np.ndarray:
     """From the raw stream, which is the same in every numpy; Generator.permutation is not promised to be."""
     return np.argsort(stream.random_raw(size), kind="stable")
 

@@ -1,7 +1,8 @@
-"""Local data files as Arrow tables of two text columns: JSON lines, JSON, CSV and Parquet.
+"""Local data files as Arrow tables of text columns, or of conversations: JSON lines, JSON, CSV and Parquet.
 
-Nothing but text is accepted, and nothing is guessed: "007", "null" and "2020-01-01" stay the strings they are. (The
-builders of `datasets` infer numbers, dates and nulls, and leave a copy of every file in the user's cache.)
+Nothing but text is accepted (a conversation is kept as its JSON text), and nothing is guessed: "007", "null" and
+"2020-01-01" stay the strings they are. (The builders of `datasets` infer numbers, dates and nulls, and leave a copy of
+every file in the user's cache.)
 """
 
 from __future__ import annotations
@@ -10,22 +11,21 @@ import csv
 import gzip
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, NamedTuple, TextIO, cast
 
 import pyarrow as pa
 import pyarrow.compute
 import pyarrow.csv
 import pyarrow.parquet
 
+from ibft.data.chat import conversation_cell
+from ibft.data.columns import ColumnChoice, Layout
 from ibft.errors import InputError
 
-# (columns found, name of the source for messages) -> (prompt column, response column)
-ChooseColumns = Callable[[list[str], str], tuple[str, str]]
-
-JSON_BATCH = 10_000  # rows held as Python objects at a time
+BATCH = 10_000  # rows held as Python objects at a time
 CSV_BLOCK_BYTES = 64 * 2**20  # no row may be longer
 
 
@@ -36,12 +36,23 @@ def file_format(path: Path) -> str | None:
     return suffix if suffix in FORMATS and not (suffix == ".parquet" and stem.endswith(".gz")) else None
 
 
-def read_file(path: Path, choose: ChooseColumns) -> pa.Table:
-    """Columns `prompt` and `response` [rows] of type string, without nulls; InputError for anything else."""
+class Source(NamedTuple):
+    """Rows as read. The columns of `table` [rows] are of type string, without nulls.
+
+    They are `prompt` and `response`, or `messages`: a conversation as JSON text (see `conversation_cell`); and `split`
+    if the layout names a column for it.
+    """
+
+    table: pa.Table
+    layout: Layout
+
+
+def read_file(path: Path, choose: ColumnChoice) -> Source | None:
+    """The rows of a file, or None if it has none; InputError for anything but text or messages."""
     suffix = file_format(path)
     assert suffix is not None
     if path.stat().st_size == 0:
-        return _table([], [])
+        return None
     try:
         return FORMATS[suffix](path, choose)
     except UnicodeDecodeError as error:
@@ -50,26 +61,50 @@ def read_file(path: Path, choose: ChooseColumns) -> pa.Table:
         raise InputError(f"{path} could not be read as {suffix}: {error}") from error
 
 
-def text_columns(table: pa.Table, pair: tuple[str, str], source: str) -> pa.Table:
-    """The two columns of a typed table; InputError unless both hold text in every row."""
-    return _table(*(_typed_text(table.column(name), name, source) for name in pair))
+def read_columns(table: pa.Table, layout: Layout, source: str) -> Source:
+    """The columns of a typed table; InputError unless every row of them holds text, or messages."""
+    columns = [table.column(name) for name in layout.columns]
+    found: list[pa.ChunkedArray]
+    if layout.pair_of_text:
+        found = [_typed_text(column, name, source) for name, column in zip(layout.columns, columns, strict=True)]
+    else:
+        if "tools" in table.column_names:
+            _refuse_tools(table.column("tools").to_pylist(), source, 0)
+        found = [_typed_conversations(columns, layout, source)]
+    if layout.split_column is not None:
+        found.append(_typed_text(table.column(layout.split_column), layout.split_column, source))
+    return _source(found, layout)
 
 
-def _read_json(path: Path, choose: ChooseColumns) -> pa.Table:
+def holds_lists(schema: pa.Schema) -> Callable[[str], bool]:
+    """Whether a column of this schema holds lists."""
+    return lambda name: pa.types.is_nested(schema.field(name).type)
+
+
+def _read_json(path: Path, choose: ColumnChoice) -> Source | None:
     with _open_text(path) as file:
         records = _json_records(file, path)
         first = next(records, None)
         if first is None:
-            return _table([], [])
-        pair = choose(list(first), str(path))
+            return None
+        layout = choose(list(first), lambda name: isinstance(first[name], (list, dict)), str(path))
         records = chain([first], records)
-        columns: tuple[list[pa.Array], list[pa.Array]] = ([], [])
-        row = 0
-        while batch := list(islice(records, JSON_BATCH)):
-            for name, chunks in zip(pair, columns, strict=True):
-                chunks.append(_json_text(batch, name, path, row))
-            row += len(batch)
-    return _table(*columns)
+        batches: list[list[pa.Array]] = []
+        while batch := list(islice(records, BATCH)):
+            batches.append(_json_columns(batch, layout, path, len(batches) * BATCH))
+    return _source([pa.chunked_array(chunks) for chunks in zip(*batches, strict=True)], layout)
+
+
+def _json_columns(batch: list[dict[str, Any]], layout: Layout, path: Path, first_row: int) -> list[pa.Array]:
+    if layout.pair_of_text:
+        columns = [_json_text(batch, name, path, first_row) for name in layout.columns]
+    else:
+        _refuse_tools((record.get("tools") for record in batch), str(path), first_row)
+        cells = ([record.get(name) for name in layout.columns] for record in batch)
+        columns = [_conversations(cells, layout, str(path), first_row)]
+    if layout.split_column is not None:
+        columns.append(_json_text(batch, layout.split_column, path, first_row))
+    return columns
 
 
 def _json_records(file: TextIO, path: Path) -> Iterator[dict[str, Any]]:
@@ -121,31 +156,65 @@ def _json_text(batch: list[dict[str, Any]], name: str, path: Path, first_row: in
     raise AssertionError("Arrow refused a batch of strings")
 
 
-def _read_csv(path: Path, choose: ChooseColumns) -> pa.Table:
+def _read_csv(path: Path, choose: ColumnChoice) -> Source:
     with _open_text(path) as file:
-        pair = choose(next(csv.reader(file), []), str(path))
+        layout = choose(next(csv.reader(file), []), lambda name: False, str(path))
+    if not layout.pair_of_text:
+        raise InputError(f"{path}: the cells of a CSV file are text and hold no messages; use .jsonl or .parquet.")
+    names = layout.names_to_read([])
     table = pa.csv.read_csv(
         path,
         # One thread, so that errors name their row.
         read_options=pa.csv.ReadOptions(use_threads=False, block_size=CSV_BLOCK_BYTES),
         parse_options=pa.csv.ParseOptions(newlines_in_values=True),
-        convert_options=pa.csv.ConvertOptions(include_columns=pair, column_types=dict.fromkeys(pair, pa.string())),
+        convert_options=pa.csv.ConvertOptions(include_columns=names, column_types=dict.fromkeys(names, pa.string())),
     )
-    return text_columns(table, pair, str(path))
+    return read_columns(table, layout, str(path))
 
 
-def _read_parquet(path: Path, choose: ChooseColumns) -> pa.Table:
+def _read_parquet(path: Path, choose: ColumnChoice) -> Source:
     with pa.parquet.ParquetFile(path) as file:
-        pair = choose(file.schema_arrow.names, str(path))
-        return text_columns(file.read(columns=list(pair)), pair, str(path))
+        schema = file.schema_arrow
+        layout = choose(schema.names, holds_lists(schema), str(path))
+        return read_columns(file.read(columns=layout.names_to_read(schema.names)), layout, str(path))
 
 
-FORMATS: dict[str, Callable[[Path, ChooseColumns], pa.Table]] = {
+FORMATS: dict[str, Callable[[Path, ColumnChoice], Source | None]] = {
     ".jsonl": _read_json,
     ".json": _read_json,
     ".csv": _read_csv,
     ".parquet": _read_parquet,
 }
+
+
+def _typed_conversations(columns: list[pa.ChunkedArray], layout: Layout, source: str) -> pa.ChunkedArray:
+    table = pa.table(columns, names=list(layout.columns))
+    chunks = []
+    for first_row in range(0, len(table), BATCH):
+        cells = zip(*(column.to_pylist() for column in table.slice(first_row, BATCH).columns), strict=True)
+        chunks.append(_conversations(map(list, cells), layout, source, first_row))
+    return pa.chunked_array(chunks, pa.string())
+
+
+def _conversations(cells: Iterable[list[Any]], layout: Layout, source: str, first_row: int) -> pa.Array:
+    names = " + ".join(map(repr, layout.columns))
+    return pa.array(
+        [
+            conversation_cell(parts, f"{source}, row {row} (counted from 0): column {names}")
+            for row, parts in enumerate(cells, start=first_row)
+        ],
+        pa.string(),
+    )
+
+
+def _refuse_tools(cells: Iterable[Any], source: str, first_row: int) -> None:
+    """A template would show the model the tools of a row; without them it would learn calls out of nowhere."""
+    for row, tools in enumerate(cells, start=first_row):
+        if tools:
+            raise InputError(
+                f"{source}, row {row} (counted from 0): column 'tools' holds {_described(tools)}; tools are not "
+                "supported. Leave the column out, or write the tools into the system message."
+            )
 
 
 def _typed_text(column: pa.ChunkedArray, name: str, source: str) -> pa.ChunkedArray:
@@ -162,14 +231,14 @@ def _typed_text(column: pa.ChunkedArray, name: str, source: str) -> pa.ChunkedAr
     return column.cast(pa.string())
 
 
-def _table(prompts: list[pa.Array] | pa.ChunkedArray, responses: list[pa.Array] | pa.ChunkedArray) -> pa.Table:
-    columns = [pa.chunked_array(c, pa.string()) if isinstance(c, list) else c for c in (prompts, responses)]
-    return pa.table(columns, names=["prompt", "response"])
+def _source(columns: list[pa.ChunkedArray], layout: Layout) -> Source:
+    names = ["prompt", "response"] if layout.pair_of_text else ["messages"]
+    return Source(pa.table(columns, names=[*names, *(["split"] if layout.split_column is not None else [])]), layout)
 
 
 def _not_text(source: str, name: str, row: int, what: str) -> InputError:
     return InputError(
-        f"{source}, row {row} (counted from 0): column {name!r} holds {what}; every prompt and response must be text."
+        f"{source}, row {row} (counted from 0): column {name!r} holds {what}; every cell of it must be text."
     )
 
 

@@ -9,7 +9,6 @@ import difflib
 import re
 import uuid
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 
 import datasets
@@ -17,14 +16,11 @@ import numpy as np
 import pyarrow as pa
 from datasets.table import InMemoryTable
 
-from ibft.data.readers import FORMATS, ChooseColumns, file_format, read_file, text_columns
+from ibft.data.chat import pair_cell
+from ibft.data.columns import ColumnChoice, Format, quoted
+from ibft.data.readers import FORMATS, Source, file_format, holds_lists, read_columns, read_file
 from ibft.errors import InputError
 
-KNOWN_COLUMNS = {
-    "OriGen": ("Instruction", "Response"),
-    "Evol-CodeAlpaca": ("instruction", "output"),
-    "MBPP": ("text", "code"),
-}
 # A folder's files belong to the split that a word of their relative path names, as on the Hub.
 SPLIT_WORDS = {
     **dict.fromkeys(["train", "training"], "train"),
@@ -38,68 +34,118 @@ ACCEPTED = (
 
 
 def load_rows(
-    dataset: str, *, split: str = "train", prompt_column: str | None = None, response_column: str | None = None
+    dataset: str,
+    *,
+    split: str = "train",
+    prompt_column: str | None = None,
+    response_column: str | None = None,
+    format: Format = "auto",
 ) -> datasets.Dataset:
-    """The rows of a dataset as columns `prompt` and `response` (strings) and `example_id` (int64).
+    """The rows of a dataset: `prompt` and `response` (strings), or `messages` (JSON text); and `example_id` (int64).
 
     `dataset` is a local file or folder (see ACCEPTED) or else a Hub name, loaded with the token in HF_TOKEN if it needs
     one. `example_id` is the row's index in the source, in file order; a folder's files count in the order of their
-    paths. `split` selects from what has splits; a single file has only "train". Columns are recognised by name
-    (KNOWN_COLUMNS, exact case) unless both are given. Anything that cannot be used raises InputError.
+    paths. `split` selects from what has splits; a single file has only "train". Columns are recognised by name and
+    cells (see `columns.py`) unless both are given. Anything that cannot be used raises InputError. `load_data` is what
+    a run uses: it also mixes datasets and knows how each pair is joined.
     """
+    table = load_source(dataset, choice(prompt_column, response_column, format), split=split).table
+    table = table.append_column("example_id", pa.array(np.arange(table.num_rows)))
+    return as_dataset(table)
+
+
+def choice(
+    prompt_column: str | None,
+    response_column: str | None,
+    format: Format = "auto",
+    separator: str | None = None,
+    split_column: str | None = None,
+) -> ColumnChoice:
+    """How columns are to be chosen; InputError unless both or none of the pair are named, and differ."""
     if (prompt_column is None) != (response_column is None):
         missing, given = ("response", prompt_column) if response_column is None else ("prompt", response_column)
         raise InputError(f"--{missing}_column is missing: column {given!r} was named, and either both or none must be.")
     if prompt_column is not None and prompt_column == response_column:
         raise InputError(f"--prompt_column and --response_column both name {prompt_column!r}; they must differ.")
     named = (prompt_column, response_column) if prompt_column is not None and response_column is not None else None
-    choose = partial(_choose_columns, named=named)
+    return ColumnChoice(named, format, separator, split_column)
 
+
+def load_source(dataset: str, choose: ColumnChoice, *, split: str) -> Source:
+    """The rows of a dataset as they are read; with format "chat", a pair of text has become a conversation.
+
+    InputError for whatever cannot be used, and where there is no row.
+    """
     path = Path(dataset).expanduser()
     if path.exists():
-        table = _local_rows(path, split, choose)
+        source = _local_rows(path, split, choose)
     elif _looks_local(dataset):
         missing = "" if path.parent.is_dir() else f" There is no folder {str(path.parent)!r} either."
         raise InputError(f"There is no file or folder {dataset!r}.{missing}{_near_by(path)} {ACCEPTED}")
     else:
-        table = _dataset_rows(_from_hub(dataset, split), choose, dataset)
-    if table.num_rows == 0:
+        source = _dataset_rows(_from_hub(dataset, split), choose, dataset)
+    if source is None or source.table.num_rows == 0:
         raise InputError(f"{dataset!r} has no rows (split {split!r}); at least one is needed.")
-    table = table.append_column("example_id", pa.array(np.arange(table.num_rows)))
+    if choose.format == "chat" and source.layout.pair_of_text:
+        return _as_conversations(source)
+    return source
+
+
+def as_dataset(table: pa.Table) -> datasets.Dataset:
+    """The table as a Dataset."""
     # The fingerprint is given because computing one serialises the whole table; it names nothing that is cached.
     return datasets.Dataset(InMemoryTable(table), fingerprint=uuid.uuid4().hex)
 
 
-def _choose_columns(columns: list[str], source: str, named: tuple[str, str] | None) -> tuple[str, str]:
-    found = f"{source} has the columns {_quoted(columns)}"
-    if named is not None:
-        for name in named:
-            if name not in columns:
-                raise InputError(f"{found}, not {name!r}.{_did_you_mean(name, columns)}")
-        return named
-    matches = {label: pair for label, pair in KNOWN_COLUMNS.items() if set(pair) <= set(columns)}
-    if len(matches) == 1:
-        return next(iter(matches.values()))
-    verdict, pairs = ("more than one", matches) if matches else ("none", KNOWN_COLUMNS)
-    raise InputError(
-        f"{found}; among them is {verdict} of the known pairs {_pairs(pairs)}. "
-        "Name yours with --prompt_column and --response_column."
-    )
+def _as_conversations(source: Source) -> Source:
+    cells = zip(source.table["prompt"], source.table["response"], strict=True)
+    messages = pa.array((pair_cell(prompt.as_py(), response.as_py()) for prompt, response in cells), pa.string())
+    table = source.table.drop_columns(["prompt", "response"]).append_column("messages", messages)
+    return Source(table, source.layout._replace(pair_of_text=False))
 
 
-def _local_rows(path: Path, split: str, choose: ChooseColumns) -> pa.Table:
+def splits_of(dataset: str) -> list[str] | None:
+    """The splits that a local dataset has; None for a Hub name, whose splits only the Hub knows."""
+    path = Path(dataset).expanduser()
+    if not path.exists():
+        return None
+    if (path / "dataset_dict.json").exists():
+        return sorted(_saved(path))
+    if path.is_dir() and not (path / "state.json").exists():
+        return sorted(_files_by_split(path))
+    return ["train"]
+
+
+def _local_rows(path: Path, split: str, choose: ColumnChoice) -> Source | None:
     if path.is_file():
         if file_format(path) is None:
             raise InputError(f"{str(path)!r} is not a kind of file that can be read. {ACCEPTED}")
         _check_split(split, ["train"], path)
         return read_file(path, choose)
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        return _dataset_rows(_saved(path, split), choose, str(path))
+        loaded = _saved(path)
+        if isinstance(loaded, datasets.DatasetDict):
+            _check_split(split, loaded, path)
+            loaded = loaded[split]
+        else:
+            _check_split(split, {"train", str(loaded.split or "train")}, path)
+        return _dataset_rows(loaded, choose, str(path))
     files = _files_by_split(path)
     if not files:
         raise InputError(f"The folder {str(path)!r} holds no data. {ACCEPTED}")
     _check_split(split, files, path)
-    return pa.concat_tables([read_file(file, choose) for file in files[split]])
+    found = [(file, read_file(file, choose)) for file in files[split]]
+    sources = [(file, source) for file, source in found if source is not None]
+    for file, source in sources[1:]:
+        first = sources[0][1]
+        if (source.layout.pair_of_text, source.layout.separator) != (first.layout.pair_of_text, first.layout.separator):
+            raise InputError(
+                f"{sources[0][0]} and {file} hold rows of different form, in the columns "
+                f"{quoted(first.layout.columns)} and {quoted(source.layout.columns)}; give them as separate datasets."
+            )
+    if not sources:
+        return None
+    return Source(pa.concat_tables([source.table for _, source in sources]), sources[0][1].layout)
 
 
 def _files_by_split(folder: Path) -> dict[str, list[Path]]:
@@ -116,16 +162,11 @@ def _files_by_split(folder: Path) -> dict[str, list[Path]]:
     return files
 
 
-def _saved(path: Path, split: str) -> datasets.Dataset:
+def _saved(path: Path) -> datasets.Dataset | datasets.DatasetDict:
     try:
-        loaded = datasets.load_from_disk(str(path))
+        return datasets.load_from_disk(str(path))
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         raise InputError(f"The folder {str(path)!r} could not be read as a saved dataset: {error}") from error
-    if isinstance(loaded, datasets.DatasetDict):
-        _check_split(split, loaded, path)
-        return loaded[split]
-    _check_split(split, {"train", str(loaded.split or "train")}, path)
-    return loaded
 
 
 def _from_hub(name: str, split: str) -> datasets.Dataset:
@@ -139,14 +180,16 @@ def _from_hub(name: str, split: str) -> datasets.Dataset:
         ) from error
 
 
-def _dataset_rows(dataset: datasets.Dataset, choose: ChooseColumns, source: str) -> pa.Table:
-    pair = choose(dataset.column_names, source)
-    return text_columns(dataset.select_columns(list(pair)).with_format("arrow")[:], pair, source)
+def _dataset_rows(dataset: datasets.Dataset, choose: ColumnChoice, source: str) -> Source:
+    names = dataset.column_names
+    layout = choose(names, holds_lists(dataset.features.arrow_schema), source)
+    columns = dataset.select_columns(layout.names_to_read(names)).with_format("arrow")[:]
+    return read_columns(columns, layout, source)
 
 
 def _check_split(split: str, splits: Iterable[str], path: Path) -> None:
     if split not in splits:
-        raise InputError(f"{str(path)!r} has no split {split!r}; --dataset_split can be {_quoted(sorted(splits))}.")
+        raise InputError(f"{str(path)!r} has no split {split!r}; --dataset_split can be {quoted(sorted(splits))}.")
 
 
 def _looks_local(name: str) -> bool:
@@ -158,18 +201,4 @@ def _looks_local(name: str) -> bool:
 def _near_by(path: Path) -> str:
     siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     names = difflib.get_close_matches(path.name, siblings, n=3)
-    return f" Near by there is {_quoted(names)}." if names else ""
-
-
-def _did_you_mean(name: str, columns: list[str]) -> str:
-    lowered = {column.lower(): column for column in columns}
-    close = difflib.get_close_matches(name.lower(), lowered, n=1)
-    return f" Did you mean {lowered[close[0]]!r}?" if close else ""
-
-
-def _quoted(names: Iterable[str]) -> str:
-    return ", ".join(repr(str(name)) for name in names)
-
-
-def _pairs(pairs: dict[str, tuple[str, str]]) -> str:
-    return ", ".join(f"{prompt!r} + {response!r} ({label})" for label, (prompt, response) in pairs.items())
+    return f" Near by there is {quoted(names)}." if names else ""

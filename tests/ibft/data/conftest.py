@@ -1,6 +1,8 @@
 """A tokenizer whose tokens can be told by heart: one token a byte, its id the byte's value plus an offset."""
 
+import re
 from collections.abc import Callable
+from typing import Any
 
 import datasets
 import pytest
@@ -8,6 +10,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 BOS, EOS, PAD, FIRST_BYTE = 0, 1, 2, 3
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 
 def byte_tokenizer(
@@ -45,5 +51,20 @@ def make_rows() -> Callable[..., datasets.Dataset]:
         prompts, responses = zip(*pairs, strict=True)
         ids = [7 * index + 100 for index in range(len(pairs))]
         return datasets.Dataset.from_dict({"prompt": prompts, "response": responses, "example_id": ids})
+
+    return make
+
+
+@pytest.fixture
+def chat_tokenizer(make_tokenizer) -> Callable[..., PreTrainedTokenizerFast]:
+    """`chat_tokenizer(template)`: the byte tokenizer with a chat template, whose special tokens it knows."""
+
+    def make(template: str = CHATML, **options: Any) -> PreTrainedTokenizerFast:
+        tokenizer = make_tokenizer(**options)
+        found = re.findall(r"<\|?[^\s<>'\"{}]+?\|?>|<｜[^<>]+?｜>", template)
+        special = sorted({text for text in found if re.search(r"\||｜|turn", text)})
+        tokenizer.add_special_tokens({"additional_special_tokens": special})
+        tokenizer.chat_template = template
+        return tokenizer
 
     return make

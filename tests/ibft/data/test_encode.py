@@ -46,7 +46,13 @@ def random_pairs(seed: int, count: int) -> list[tuple[str, str]]:
 
 
 def documents(encoded: EncodedDataset) -> list[tuple[list[int], int, int]]:
-    return [(d.tokens.tolist(), d.label_start, d.example_id) for d in map(encoded.document, range(len(encoded)))]
+    """Tokens, the first of those that are learnt up to the end, and the id of each document."""
+    found = []
+    for tokens, is_label, example_id in map(encoded.document, range(len(encoded))):
+        start = is_label.tolist().index(True)
+        assert is_label[start:].all() and is_label.dtype == bool
+        found.append((tokens.tolist(), start, example_id))
+    return found
 
 
 @pytest.mark.parametrize("overlong", ["shorten", "drop"])
@@ -60,7 +66,7 @@ def test_documents_equal_the_naive_construction(make_rows, tokenizer, overlong, 
             encode(make_rows(*pairs), tokenizer, max_length=max_length, bos=bos, overlong=overlong)
         return
     encoded = encode(make_rows(*pairs), tokenizer, max_length=max_length, bos=bos, overlong=overlong)
-    kept = [(tokens, start, 7 * i + 100) for i, (_, tokens, start) in enumerate(expected) if tokens]
+    kept = [(tokens, max(start, 1), 7 * i + 100) for i, (_, tokens, start) in enumerate(expected) if tokens]
     assert documents(encoded) == kept
     assert encoded.lengths.tolist() == [len(tokens) for tokens, _, _ in kept]
     # A label is a token at or after the label start that some earlier token of its document predicts.
@@ -78,6 +84,10 @@ def test_documents_equal_the_naive_construction(make_rows, tokenizer, overlong, 
         "label_tokens": sum(labels),
         "bos": bos == "yes",
         "max_length": max_length,
+        "chat": False,
+        "datasets": (),
+        "left_out": 0,
+        "split_conversations": 0,
     }
     if max_length == 12 and overlong == "shorten":
         assert set(outcomes) == {"kept", "shortened", "too long", "empty"}  # the cases above are really exercised
@@ -85,9 +95,9 @@ def test_documents_equal_the_naive_construction(make_rows, tokenizer, overlong, 
 
 def test_shortening_takes_the_start_of_the_prompt_and_nothing_else(make_rows, tokenizer) -> None:
     encoded = encode(make_rows(("abcdef", "xyz")), tokenizer, max_length=8, bos="yes")
-    tokens, label_start, _ = encoded.document(0)
+    tokens, is_label, _ = encoded.document(0)
     assert tokenizer.decode(tokens) == "<s>ef\nxyz</s>"
-    assert tokenizer.decode(tokens[label_start:]) == "xyz</s>"
+    assert tokenizer.decode(tokens[is_label]) == "xyz</s>"
 
 
 def test_a_response_that_just_fits_keeps_one_token_before_it(make_rows, tokenizer) -> None:
@@ -103,7 +113,7 @@ def test_response_that_the_tokenizer_turns_into_nothing_is_dropped(make_rows) ->
     backend = Tokenizer(models.BPE({"</s>": 0, "k": 1}, merges=[]))  # no unknown token: other characters vanish
     letters = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
     encoded = encode(make_rows(("", "other"), ("", "k")), letters, max_length=8)
-    assert documents(encoded) == [([1, 0], 0, 107)]
+    assert documents(encoded) == [([1, 0], 1, 107)]
     assert encoded.label_tokens.tolist() == [1] and encoded.report.dropped_empty == 1
 
 
@@ -114,17 +124,17 @@ def test_bos(make_rows, make_tokenizer, puts_bos, bos) -> None:
     expected = {"auto": puts_bos, "yes": True, "no": False}[bos]
     assert encoded.document(0).tokens.tolist().count(BOS) == expected
     assert encoded.report.bos is expected
-    assert encoded.prompt_format == {"separator": "\n", "bos": expected, "eos": True}
+    assert encoded.prompt_format == {"kind": "text", "separator": "\n", "bos": expected, "eos": True}
     assert json.loads(json.dumps(encoded.prompt_format)) == encoded.prompt_format
 
 
 def test_prompt_format_rebuilds_what_the_model_saw(make_rows, make_tokenizer) -> None:
     tokenizer = make_tokenizer(puts_bos=True)
     encoded = encode(make_rows(("prompt", "response")), tokenizer, max_length=99)
-    tokens, label_start, _ = encoded.document(0)
+    tokens, is_label, _ = encoded.document(0)
     form = encoded.prompt_format
     prompt = [BOS] * form["bos"] + tokenizer("prompt" + form["separator"], add_special_tokens=False)["input_ids"]
-    assert tokens[:label_start].tolist() == prompt
+    assert tokens[~is_label].tolist() == prompt
 
 
 def test_bad_arguments(make_rows, make_tokenizer, tokenizer, monkeypatch) -> None:
@@ -193,7 +203,7 @@ assert len({result.fingerprint for result in results}) == 1
 assert len({result.report for result in results}) == 1
 for i in range(len(results[0])):
     a, b = results[0].document(i), results[3].document(i)
-    assert (a.tokens == b.tokens).all() and a[1:] == b[1:]
+    assert (a.tokens == b.tokens).all() and (a.is_label == b.is_label).all() and a.example_id == b.example_id
 few = encode(rows.select(range(2)), fixtures.byte_tokenizer(), max_length=40, num_proc=8)
 assert few.report.kept == 1 and "TOKENIZERS_PARALLELISM" not in os.environ
 print("fine")
@@ -274,10 +284,10 @@ def test_real_data_comes_back_as_text(test_data, tokenizer, relative) -> None:
     encoded = encode(rows, tokenizer, max_length=2**15)
     assert encoded.report.kept == encoded.report.rows == len(rows)
     for index in range(len(encoded)):
-        tokens, label_start, example_id = encoded.document(index)
+        tokens, is_label, example_id = encoded.document(index)
         assert example_id == index
-        assert bytes((tokens[:label_start] - FIRST_BYTE).tolist()).decode() == rows[index]["prompt"] + "\n"
-        assert bytes((tokens[label_start:-1] - FIRST_BYTE).tolist()).decode() == rows[index]["response"]
+        assert bytes((tokens[~is_label] - FIRST_BYTE).tolist()).decode() == rows[index]["prompt"] + "\n"
+        assert bytes((tokens[is_label][:-1] - FIRST_BYTE).tolist()).decode() == rows[index]["response"]
         assert tokens[-1] == EOS
     short = encode(rows, tokenizer, max_length=512)
     report = short.report

@@ -246,7 +246,8 @@ def random_documents(rng: random.Random, rows: int, most: int) -> list[list[Docu
         for _ in range(rng.randint(1, most)):
             length = rng.randint(2, 9)
             tokens = np.array([rng.randint(3, 99) for _ in range(length)])
-            documents.append(Document(tokens, rng.randint(0, length - 1), rng.randint(0, 2**33)))
+            is_label = np.array([rng.random() < 0.5 for _ in range(length - 1)] + [True])
+            documents.append(Document(tokens, is_label, rng.randint(0, 2**33)))
         bins.append(documents)
     return bins
 
@@ -263,7 +264,7 @@ def test_collate_equals_the_token_by_token_construction(seed: int) -> None:
         cells = []
         for document in row:
             for position, token in enumerate(document.tokens.tolist()):
-                label = token if position >= document.label_start and position > 0 else -100
+                label = token if document.is_label[position] and position > 0 else -100
                 noise = (document.example_id * 64 + position) % 4294967296
                 cells.append((token, label, position, True, noise))
         cells += [(PAD, -100, position, False, 0) for position in range(longest - len(cells))]
@@ -273,7 +274,7 @@ def test_collate_equals_the_token_by_token_construction(seed: int) -> None:
         expected["next"] += [b * longest + t for t in range(longest - 1) if row[t + 1] != -100]
     found = [batch[name] for name in ("input_ids", "labels", "position_ids", "token_mask", "noise_rows")]
     assert [tensor.tolist() for tensor in [*found, batch["label_indices"]]] == list(expected.values())
-    assert len(batch["label_indices"]) == sum(len(d.tokens) - max(d.label_start, 1) for row in bins for d in row)
+    assert len(batch["label_indices"]) == sum(int(d.is_label[1:].sum()) for row in bins for d in row)
     if packing == "none":
         assert batch["attention_mask"].tolist() == [[int(real) for real in row] for row in expected["mask"]]
     assert ("attention_mask" in batch) == (packing == "none")
@@ -303,7 +304,7 @@ def test_noise_rows_name_the_token_whatever_row_it_lies_in() -> None:
 
 
 def test_collate_refuses_what_no_plan_gives() -> None:
-    document = Document(np.arange(5), 2, 0)
+    document = Document(np.arange(5), np.arange(5) >= 2, 0)
     with pytest.raises(ValueError, match="row of 10 tokens is longer than max_length 9"):
         collate([[document, document]], pad_token_id=PAD, max_length=9, packing="best-fit")
     with pytest.raises(ValueError, match="one document a row"):

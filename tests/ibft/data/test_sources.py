@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from ibft.data import load_rows
-from ibft.data import sources as sources_module
+from ibft.data.columns import KNOWN_COLUMNS, ColumnChoice
 from ibft.errors import InputError
 
 # Text that a reader could take for something else, and text that breaks careless line splitting.
@@ -153,7 +153,7 @@ def test_json_cell_that_is_no_text_is_named(tmp_path: Path, suffix: str, cell: o
 def test_missing_key_beyond_the_first_batch_is_named_by_its_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ibft.data.readers.JSON_BATCH", 2)
+    monkeypatch.setattr("ibft.data.readers.BATCH", 2)
     path = write(tmp_path / "a.jsonl", [{"text": "p", "code": "c"}] * 5)
     assert triples(load_rows(str(path))) == [("p", "c", index) for index in range(5)]
     path.write_text(path.read_text() + '{"text": "p"}\n')
@@ -181,10 +181,12 @@ def test_typed_cell_that_is_no_text_is_named(tmp_path: Path, column: pa.Array, s
 
 @pytest.mark.parametrize("kind", [pa.large_string(), pa.dictionary(pa.int32(), pa.string()), pa.string_view()])
 def test_other_arrow_types_of_text(kind: pa.DataType) -> None:
-    from ibft.data.readers import text_columns
+    from ibft.data.columns import Layout
+    from ibft.data.readers import read_columns
 
     table = pa.table({"text": pa.array(["p", "q"]).cast(kind), "code": pa.array(["a", "b"])})
-    assert text_columns(table, ("text", "code"), "x").to_pydict() == {"prompt": ["p", "q"], "response": ["a", "b"]}
+    source = read_columns(table, Layout(("text", "code"), pair_of_text=True), "x")
+    assert source.table.to_pydict() == {"prompt": ["p", "q"], "response": ["a", "b"]}
 
 
 @pytest.mark.parametrize(
@@ -276,6 +278,6 @@ def test_real_data(test_data) -> None:
 
 
 def test_every_known_pair_is_recognised_by_exact_case_only() -> None:
-    for prompt, response in sources_module.KNOWN_COLUMNS.values():
+    for prompt, response in KNOWN_COLUMNS.values():
         with pytest.raises(InputError):
-            sources_module._choose_columns([prompt.swapcase(), response], "x", None)
+            ColumnChoice()([prompt.swapcase(), response], lambda name: False, "x")

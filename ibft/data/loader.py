@@ -1,0 +1,31 @@
+"""The batches of a plan as tensors on the device."""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ibft.data.encode import EncodedDataset
+from ibft.data.packing import BatchPlan, collate
+
+
+def load_batches(
+    data: EncodedDataset,
+    plan: BatchPlan,
+    steps: Iterable[int],
+    *,
+    rank: int,
+    device: torch.device,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Iterator[dict[str, Tensor]]:
+    """Every micro-batch of a rank in those steps of the plan, in order: what `collate` makes, on `device`."""
+    pad = tokenizer.pad_token_id
+    pad = tokenizer.eos_token_id if pad is None else pad  # padding is never attended to or learnt: any id will do
+    for step in steps:
+        for bins in plan.micro_batches(step, rank):
+            documents = [[data.document(int(index)) for index in row] for row in bins]
+            batch = collate(documents, pad_token_id=pad, max_length=plan.max_length, packing=plan.packing)
+            if device.type == "cuda":
+                batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
+            yield {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

@@ -267,7 +267,8 @@ def _base_model(size: Size, dtype: torch.dtype) -> LlamaForCausalLM:
 def _batch(size: Size) -> dict[str, Tensor]:
     """A batch as `ibft train` makes it: every row one document, the first half of it prompt."""
     tokens = np.random.default_rng(SEED).integers(0, size.vocabulary, (size.rows, size.length))
-    bins = [[Document(row, size.length // 2, example_id)] for example_id, row in enumerate(tokens)]
+    is_label = np.arange(size.length) >= size.length // 2
+    bins = [[Document(row, is_label, example_id)] for example_id, row in enumerate(tokens)]
     return collate(bins, pad_token_id=0, max_length=size.length, packing="best-fit")
 
 

@@ -75,10 +75,10 @@ class CausalLM:
 
     def check_head_is_plain(self) -> None:
         """Raises InputError for an adapter or a trained copy on the output head: the loss reads its weight directly."""
-        if type(self.head) is not nn.Linear:
+        if (kind := type(self.head)) is not nn.Linear:
             raise InputError(
-                f"the output head is a {type(self.head).__name__}, not a plain Linear. An adapter on the head is not "
-                "supported: take it out of the LoRA configuration's target_modules and modules_to_save "
+                f"the output head is a {kind.__module__}.{kind.__name__}, not a plain Linear. An adapter on the head is "
+                "not supported: take it out of the LoRA configuration's target_modules and modules_to_save "
                 '(target_modules="all-linear" leaves it out).'
             )
 

@@ -3,10 +3,12 @@
 A folder is written under a temporary name and renamed when it is whole, so that whatever bears its final name is.
 """
 
+import errno
 import json
 import os
 import re
 import shutil
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,9 @@ from transformers import PreTrainedTokenizerBase
 from ibft.engine import Engine
 from ibft.errors import InputError
 from ibft.model import HEAD_NAME, IBModel
+from ibft.model_card import CARD_NAME, may_replace, render_card
 from ibft.objective import CONFIG_NAME
+from ibft.tracking import TENSORBOARD_FOLDER
 
 RECORD_NAME = "ibft.json"
 METRICS_NAME = "metrics.jsonl"
@@ -27,7 +31,8 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # A run continues the same whatever these are.
 _FREE_TO_CHANGE = {
     *("output_dir", "overwrite", "resume", "save_strategy", "save_steps", "save_total_limit", "logging_steps"),
-    *("report_to", "run_name", "num_proc", "ddp_timeout", "debug"),
+    *("eval_steps", "validation_dataset", "validation"),  # evaluating leaves no trace in a run
+    *("report_to", "run_name", "num_proc", "ddp_timeout", "debug", "dry_run"),
     # Where things came from, and how they were asked for: what came of it is compared.
     *("base_model", "dataset", "training_config", "adapter_config", "preset", "dtype", "use_cpu"),
     *("per_device_train_batch_size", "tokens_per_batch", "gradient_accumulation_steps"),
@@ -35,10 +40,11 @@ _FREE_TO_CHANGE = {
 }
 
 
-def prepare_output(folder: Path, *, overwrite: bool, resume: bool) -> None:
+def prepare_output(folder: Path, *, overwrite: bool, resume: bool, dry_run: bool = False) -> None:
     """Refuses a folder that holds a run, unless told otherwise; makes it, and checks that it can be written to.
 
-    Raises InputError. Removes nothing: see `clear_output`.
+    Raises InputError. Removes nothing: see `clear_output`. With `dry_run` it makes nothing either, and asks the
+    file system whether it could.
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"output_dir {folder} is a file; name a folder.")
@@ -60,6 +66,13 @@ def prepare_output(folder: Path, *, overwrite: bool, resume: bool) -> None:
         if not resume and (folder / "adapter_config.json").exists():
             raise InputError(f"output_dir {folder} holds another adapter; choose another, or pass --overwrite.")
     try:
+        if dry_run:
+            nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+            if not nearest.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+            if not os.access(nearest, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            return
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".write-test-{os.getpid()}"
         probe.touch()
@@ -76,6 +89,10 @@ def clear_output(folder: Path) -> None:
         shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
     for name in (RECORD_NAME, METRICS_NAME, HEAD_NAME, CONFIG_NAME, "adapter_model.safetensors", "adapter_config.json"):
         (folder / name).unlink(missing_ok=True)
+    if may_replace(folder / CARD_NAME):
+        (folder / CARD_NAME).unlink(missing_ok=True)
+    for events in (folder / TENSORBOARD_FOLDER).glob("events.out.tfevents.*"):
+        events.unlink()  # and nothing else: in the current folder, `runs` may hold what is not ours
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -134,10 +151,7 @@ def load_checkpoint(
 
     Raises InputError when configuration or data differ in what shapes the run, with the differences.
     """
-    state = torch.load(checkpoint / _STATE_NAME, map_location="cpu", weights_only=True)
-    differences = _differences(state["run"], run)
-    if differences:
-        raise InputError(f"{checkpoint} is of a different run; resuming would mix them: {'; '.join(differences)}.")
+    state = _matching_state(checkpoint, run)
     model.load_adapter(checkpoint, "default", is_trainable=True, torch_device=str(engine.device))
     optimizer.load_state_dict(state["optimizer"])
     schedule.load_state_dict(state["schedule"])
@@ -147,17 +161,37 @@ def load_checkpoint(
     return state["step"]
 
 
+def steps_done(checkpoint: Path, run: dict[str, Any], unknown: Set[str]) -> int:
+    """The steps done in a checkpoint, which is not restored; what is `unknown` of the run is not compared.
+
+    Raises InputError as `load_checkpoint` does.
+    """
+    return _matching_state(checkpoint, run, unknown)["step"]
+
+
+def _matching_state(checkpoint: Path, run: dict[str, Any], unknown: Set[str] = frozenset()) -> dict[str, Any]:
+    state = torch.load(checkpoint / _STATE_NAME, map_location="cpu", weights_only=True)
+    if differences := _differences(state["run"], run, unknown):
+        raise InputError(f"{checkpoint} is of a different run; resuming would mix them: {'; '.join(differences)}.")
+    return state
+
+
 def save_result(folder: Path, model: IBModel, tokenizer: PreTrainedTokenizerBase, record: dict[str, Any]) -> None:
-    """The final artefacts: adapter, bottleneck, tokenizer; last ibft.json, whose result marks the run as finished."""
+    """The final artefacts: adapter, bottleneck, tokenizer, model card; last ibft.json, whose result says "finished".
+
+    A README.md that someone wrote, or changed, is left alone.
+    """
     partial = folder / ".result.partial"
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
+    (partial / CARD_NAME).write_text(render_card(record, "run"), encoding="utf-8")  # in place of PEFT's template
     write_json(partial / RECORD_NAME, record)
     names = sorted(path.name for path in partial.iterdir())
     for name in sorted(names, key=lambda name: name == RECORD_NAME):
-        if name == "README.md" and (folder / name).exists():
-            continue  # PEFT's model card must not replace a text of the user's
+        if name == CARD_NAME and not may_replace(folder / name):
+            print(f"note: {folder / name} is yours and stays; it says nothing of this run unless you do.")
+            continue
         if (folder / name).is_dir():
             shutil.rmtree(folder / name)
         os.replace(partial / name, folder / name)
@@ -205,12 +239,15 @@ def _is_finished(folder: Path) -> bool:
         return False
 
 
-def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    return [
-        f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
-        for name in sorted({*before, *now} - _FREE_TO_CHANGE)
-        if before.get(name) != now.get(name)
-    ]
+def _differences(before: dict[str, Any], now: dict[str, Any], unknown: Set[str]) -> list[str]:
+    found = []
+    for name in sorted({*before, *now} - _FREE_TO_CHANGE - unknown):
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += [f"{name}.{difference}" for difference in _differences(old, new, unknown)]
+        elif old != new:
+            found.append(f"{name} was {old!r}, is {new!r}")
+    return found
 
 
 def _rng_state(engine: Engine) -> dict[str, torch.Tensor]:

@@ -11,6 +11,7 @@ _USAGE = """usage: ibft COMMAND [options]
 
 commands:
   train   fine-tune a causal language model with an information bottleneck, or plainly (ibft train --help)
+  export  make a run's adapter ready for others, merge it, push it to the Hub (ibft export --help)
   lab     small experiments on data and a model made on the spot (ibft lab demo --help)
 
 ibft --version prints the version."""
@@ -32,11 +33,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         from ibft import train
 
         return run_command(train.main, rest)
+    if command == "export":
+        from ibft import export
+
+        return run_command(export.main, rest)
     if command == "lab":
         from ibft.lab import cli
 
         return run_command(cli.main, rest)
-    print(f"ibft: error: {command!r} is not a command of ibft; there are: train, lab.", file=sys.stderr)
+    print(f"ibft: error: {command!r} is not a command of ibft; there are: train, export, lab.", file=sys.stderr)
     return 2
 
 
@@ -45,6 +50,7 @@ def run_command(command: Callable[[Sequence[str]], None], argv: Sequence[str]) -
 
     `--debug` among the arguments lets every error through with its traceback.
     """
+    _adopt_published_token()
     rank = os.environ.get("RANK", "0")  # under torchrun, an error may be one process's alone
     where = "" if rank == "0" else f" (process {rank})"
     try:
@@ -61,3 +67,10 @@ def run_command(command: Callable[[Sequence[str]], None], argv: Sequence[str]) -
         )
         return 130
     return 0
+
+
+def _adopt_published_token() -> None:
+    """HF_TOKEN is what the libraries read for tokenizer, model and datasets; the published project has another name."""
+    token = os.environ.get("HUGGINGFACE_TOKEN")
+    if token and not os.environ.get("HF_TOKEN"):
+        os.environ["HF_TOKEN"] = token

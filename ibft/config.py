@@ -1,18 +1,22 @@
 """Everything that `ibft train` can be told: one dataclass, whose fields are the command-line flags.
 
-Precedence: flag over file over preset over default. Values are checked here, before a model or dataset is touched.
+Precedence: flag over --config over --training_config over --preset over default. Values are checked here, before a
+model or dataset is touched.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+from ibft.adapter import with_adapter_values
+from ibft.config_file import read_config_file
 from ibft.errors import InputError
 from ibft.flags import (
     AT_LEAST_1,
@@ -31,10 +35,7 @@ from ibft.flags import (
     read_flags,
     require,
 )
-from ibft.legacy import is_empty, read_json_object, read_training_config
-
-if TYPE_CHECKING:
-    from peft import LoraConfig
+from ibft.legacy import NO_STREAMING, TRACKERS, read_training_config
 
 STEPS_OR_ALL: Check = (lambda v: v == -1 or v >= 1, "at least 1, or -1 for no limit")
 SEED: Check = (lambda v: 0 <= v < 2**63, "between 0 and 2**63 - 1")
@@ -48,6 +49,7 @@ Scheduler = Literal[
 _model, _data, _method = partial(flag, "model"), partial(flag, "data"), partial(flag, "method")
 _ib, _adapter = partial(flag, BOTTLENECK := "bottleneck, for --method ib"), partial(flag, "adapter")
 _optim, _run = partial(flag, "optimisation"), partial(flag, "run")
+_files = partial(flag, FILES := "settings from files")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,15 +66,28 @@ class TrainConfig:
     gradient_checkpointing: bool = _model(False, "recompute activations in backward: less memory, more time")
     use_cpu: bool = _model(False, "train on the CPU even where there is a GPU")
 
-    dataset: str = _data(REQUIRED, "Hub name, .jsonl, .json, .csv or .parquet file, or Arrow folder", NOT_EMPTY)
+    dataset: list[str] = _data(  # noqa: RUF009
+        REQUIRED, "Hub name, .jsonl, .json, .csv or .parquet file, or Arrow folder; several are mixed", verbatim=True
+    )
+    dataset_weights: list[float] = _data(  # noqa: RUF009
+        [], "passes over each dataset in an epoch, as 1 0.5 3; 1 for each if not given", POSITIVE
+    )
     dataset_split: str = _data("train", "split to train on", NOT_EMPTY)
+    format: Literal["auto", "text", "chat"] = _data("auto", "auto: as the columns are; chat: by the chat template")
+    separator: str | None = _data(None, "between prompt and response of text; by the columns if not given")
     prompt_column: str | None = _data(None, "column that is not learnt; recognised by name if not given", NOT_EMPTY)
     response_column: str | None = _data(None, "column that is learnt; recognised by name if not given", NOT_EMPTY)
+    validation_split: str | None = _data(
+        None, "split to validate on, or share (0.05) or number (200) of the rows to hold out", NOT_EMPTY
+    )
+    validation_column: str | None = _data(None, "column whose cells say train, validation or test", NOT_EMPTY)
+    validation_dataset: str | None = _data(None, "dataset to validate on", NOT_EMPTY)
     max_length: int = _data(2048, "tokens in a row", AT_LEAST_2)
     packing: Literal["best-fit", "none"] = _data("best-fit", "none: one padded document a row")
     bos: Literal["auto", "yes", "no"] = _data("auto", "begin documents with BOS; auto: as the tokenizer does")
     overlong: Literal["shorten", "drop"] = _data("shorten", "what happens to a document longer than max_length")
     num_proc: int | None = _data(None, "processes that tokenise", AT_LEAST_1)
+    streaming: bool = _data(False, "refused: the plan of a run needs the whole dataset")
 
     method: Literal["ib", "sft"] = _method("ib", "ib: with the information bottleneck; sft: cross-entropy alone")
     alpha: float = _ib(0.2, "in loss = CE + alpha * (KL + beta * CE_ib)", NOT_NEGATIVE)
@@ -114,23 +129,31 @@ class TrainConfig:
     save_steps: int = _run(500, "optimizer steps between checkpoints", AT_LEAST_1)
     save_total_limit: int | None = _run(3, "newest checkpoints to keep; none: all", AT_LEAST_1)
     logging_steps: int = _run(10, "optimizer steps between logged lines", AT_LEAST_1)
-    report_to: list[str] = _run([], "wandb or none; metrics.jsonl is always written")  # noqa: RUF009
+    eval_steps: int | None = _run(None, "optimizer steps between evaluations; if not given, once an epoch", AT_LEAST_1)
+    report_to: list[str] = _run([], "wandb, tensorboard, trackio, or all that are installed")  # noqa: RUF009
     run_name: str | None = _run(None, "name of the run where it is reported", NOT_EMPTY)
     use_deepspeed: bool = _run(False, "train with DeepSpeed; not available yet")
     ddp_timeout: int = _run(1800, "seconds after which a process stops waiting for the others", AT_LEAST_1)
-    training_config: str | None = _run(None, "JSON of transformers.TrainingArguments; flags win over it", NOT_EMPTY)
-    preset: Literal["published"] | None = _run(None, "the published settings; flags and files win over them")
+    dry_run: bool = _run(False, "check everything, say what the run would do, write nothing, and stop")
     debug: bool = _run(False, "show the traceback of an error")
 
+    training_config: str | None = _files(None, "JSON of TrainingArguments, of transformers", NOT_EMPTY)
+    preset: Literal["published"] | None = _files(None, "the published settings; files win over them")
+
     def __post_init__(self) -> None:
+        if type(self.validation_split) in (int, float):  # a file may say 0.05 where a flag says "0.05"
+            object.__setattr__(self, "validation_split", str(self.validation_split))
         check_fields(self)
-        for name in ("base_model", "dataset", "output_dir", "training_config", "adapter_config"):
+        for name in ("base_model", "validation_dataset", "output_dir", "training_config", "adapter_config"):
             if (getattr(self, name) or "").startswith("~"):  # the shell leaves it alone in --output_dir=~/run
                 object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))
+        homes = [os.path.expanduser(name) if name.startswith("~") else name for name in self.dataset]
+        object.__setattr__(self, "dataset", homes)
         self.validate()
 
     def validate(self) -> None:
         """Raise InputError where two values contradict each other (each alone was checked at construction)."""
+        self._validate_data()
         if self.tokens_per_batch is not None and self.tokens_per_batch % self.max_length:
             raise InputError(
                 f"--tokens_per_batch must be a multiple of --max_length ({self.max_length}), "
@@ -149,13 +172,57 @@ class TrainConfig:
             raise InputError("--lora_target_modules takes all-linear or module names, not both.")
         if not self.lora_target_modules and self.adapter_config is None:
             raise InputError("--lora_target_modules must name at least one module, or all-linear.")
-        if unknown := [name for name in self.report_to if name != "wandb"]:
-            raise InputError(f"--report_to takes wandb or none, not {unknown[0]!r}.")
+        if unknown := [name for name in self.report_to if name not in (*TRACKERS, "all")]:
+            raise InputError(
+                f"--report_to takes {', '.join(TRACKERS)}, all, or none alone, not {unknown[0]!r}."
+                f"{did_you_mean(unknown[0], TRACKERS)}"
+            )
         if self.resume and self.overwrite:
             raise InputError(
                 "--resume and --overwrite exclude each other; where the training config sets overwrite_output_dir, "
                 "add --no_overwrite."
             )
+
+    def _validate_data(self) -> None:
+        if self.streaming:
+            raise InputError(NO_STREAMING)
+        if not self.dataset:
+            raise InputError("--dataset must name at least one dataset.")
+        if self.dataset_weights and len(self.dataset_weights) != len(self.dataset):
+            raise InputError(
+                f"--dataset_weights gives {len(self.dataset_weights)} weights for {len(self.dataset)} datasets; give "
+                "one for each, or none."
+            )
+        if self.separator is not None and self.format == "chat":
+            raise InputError("--separator has no place in --format chat: the chat template writes what stands between.")
+        ways = ("validation_split", "validation_column", "validation_dataset")
+        if len(given := [name for name in ways if getattr(self, name) is not None]) > 1:
+            raise InputError(f"--{given[0]} and --{given[1]} both say what to validate on; give one of them.")
+        if self.validation_split == self.dataset_split:
+            raise InputError(
+                f"--validation_split {self.validation_split} is the split that is trained on; name another, or give a "
+                "share (0.05) or a number (200) of the rows to hold out."
+            )
+        _ = self.validation_rows  # refuses what is no split, share or number
+
+    @property
+    def validation_rows(self) -> str | float | int | None:
+        """What --validation_split means: a split's name, a share of the rows (a float), or their number (an int)."""
+        text = self.validation_split
+        if text is None or text[0].isalpha():
+            return text
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if 0 < number < 1:
+            return number
+        if number >= 1 and number.is_integer() and "." not in text:
+            return int(number)
+        raise InputError(
+            "--validation_split takes the name of a split, a share of the rows between 0 and 1, or a number of rows of "
+            f"at least 1, not {text!r}."
+        )
 
     @property
     def rows_per_batch(self) -> int:
@@ -180,13 +247,28 @@ class TrainConfig:
 
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 
-_DESCRIPTION = (
-    "Fine-tune a causal language model with LoRA and an information bottleneck. "
-    "Flags win over files, files over the preset, the preset over defaults."
-)
+PRECEDENCE = "Flags win over --config, that over --training_config, that over --preset, and that over defaults."
+_DESCRIPTION = f"Fine-tune a causal language model with LoRA and an information bottleneck. {PRECEDENCE}"
+_EXAMPLE = """
 
-# A flag for the first also undoes the training config's value for the second, which would otherwise win over the flag.
-_OUTRANKED_BY = {"warmup_ratio": "warmup_steps", "num_train_epochs": "max_steps"}
+example, first to see what would happen, then to train:
+  ibft train --base_model Qwen/Qwen2.5-Coder-0.5B --dataset data.jsonl \\
+    --target_layer 15 --output_dir run --dry_run
+  ibft train --config run.yaml --seed 1     # run.yaml has the rest"""
+
+SOURCES = {
+    "config": (
+        FILES,
+        "YAML or JSON of these options, `name: value`; paths in it are relative to the working folder, not to the file",
+    )
+}
+
+# The first also undoes a value that a weaker source has for the second, which would otherwise win over it.
+_OUTRANKED_BY = {
+    "warmup_ratio": "warmup_steps",
+    "num_train_epochs": "max_steps",
+    "per_device_train_batch_size": "tokens_per_batch",
+}
 
 
 def parse_args(argv: Sequence[str], prog: str = "ibft train") -> tuple[TrainConfig, list[str]]:
@@ -194,32 +276,34 @@ def parse_args(argv: Sequence[str], prog: str = "ibft train") -> tuple[TrainConf
 
     Raises InputError for whatever is wrong with the flags or the files; --help prints and exits as argparse does.
     """
-    flags = read_flags(TrainConfig, argv, prog, _DESCRIPTION)
-    require(TrainConfig, flags, prog)
-    file: dict[str, object] = {}
-    notices: list[str] = []
-    if flags.get("training_config"):
-        file, notices = read_training_config(flags["training_config"])
-    for name, stronger in _OUTRANKED_BY.items():
-        if name in flags:
-            file.pop(stronger, None)
-    for name, value in file.items():
+    flags = read_flags(TrainConfig, argv, prog, _DESCRIPTION, files=SOURCES, example=_EXAMPLE)
+    path = flags.pop("config", None)
+    config_file = {} if path is None else read_config_file(path, TrainConfig)
+    if "adapter_config" in flags:  # as the whole of the adapter, which the file's lora_* are parts of
+        config_file = {name: value for name, value in config_file.items() if not name.startswith("lora_")}
+    for name, value in config_file.items():
         if name not in flags:  # else the flag's value is the one that counts
-            checked(TrainConfig, name, value, f"{flags['training_config']}: {name}")
-    preset = preset_values(flags["preset"]) if flags.get("preset") else {}
-    config = TrainConfig.from_dict({**preset, **file, **flags})
+            config_file[name] = checked(TrainConfig, name, value, f"{path}: {name}")
+    given = _over(config_file, flags)
+    require(TrainConfig, given, prog)
+
+    notices: list[str] = []
+    training_file: dict[str, object] = {}
+    if given.get("training_config"):
+        training_file, notices = read_training_config(given["training_config"])
+    for name, value in training_file.items():
+        if name not in given:
+            checked(TrainConfig, name, value, f"{given['training_config']}: {name}")
+    preset = preset_values(given["preset"]) if given.get("preset") else {}
+    config = TrainConfig.from_dict(_over(_over(preset, training_file), given))
     check_deepspeed(config)
     if config.adapter_config is not None:
-        if given := [name for name in flags if name.startswith("lora_")]:
-            raise InputError(
-                f"--{given[0]} and --adapter_config {config.adapter_config} both set the adapter; give one of them."
-            )
-        config = _with_adapter_values(config)
+        config = with_adapter_values(config, [name for name in given if name.startswith("lora_")])
 
     ib_flags = [f"--{name}" for name in flags if FIELDS[name].metadata["group"] == BOTTLENECK]
     if config.method == "sft" and ib_flags:
         notices.append(f"{', '.join(ib_flags)}: no effect, because --method sft trains without a bottleneck.")
-    if "tokens_per_batch" in flags and "per_device_train_batch_size" in flags:
+    if {"tokens_per_batch", "per_device_train_batch_size"} <= set(flags):
         raise InputError("--tokens_per_batch and --per_device_train_batch_size set the same thing; give one of them.")
     for name, stronger in (("num_train_epochs", "max_steps"), ("warmup_ratio", "warmup_steps")):
         if name in flags and stronger in flags:
@@ -229,6 +313,12 @@ def parse_args(argv: Sequence[str], prog: str = "ibft train") -> tuple[TrainConf
     if os.path.normpath(config.output_dir) == os.curdir:
         notices.append("output_dir is the current folder, and the run writes its files there; --output_dir changes it.")
     return config, notices
+
+
+def _over(weaker: Mapping[str, Any], stronger: Mapping[str, Any]) -> dict[str, Any]:
+    """Both sources together, where the stronger one has the last word."""
+    undone = {_OUTRANKED_BY.get(name) for name in stronger}
+    return {**{name: value for name, value in weaker.items() if name not in undone}, **stronger}
 
 
 def preset_values(name: str) -> dict[str, Any]:
@@ -270,51 +360,3 @@ def check_deepspeed(config: TrainConfig) -> None:
         "--use_deepspeed: this version trains on one process or, under torchrun, with DDP; training with DeepSpeed is "
         "not available yet."
     )
-
-
-def lora_config(config: TrainConfig) -> LoraConfig:
-    """The PEFT configuration of the adapter, from --adapter_config if given, else from the --lora_* flags."""
-    from peft import LoraConfig  # imports torch and transformers
-
-    path = config.adapter_config
-    common: dict[str, Any] = {"task_type": "CAUSAL_LM", "inference_mode": False}
-    common["base_model_name_or_path"] = config.base_model
-    if path is None:
-        modules = config.lora_target_modules
-        return LoraConfig(
-            r=config.lora_r,
-            lora_alpha=config.lora_alpha,
-            lora_dropout=config.lora_dropout,
-            target_modules="all-linear" if modules == ["all-linear"] else list(modules),
-            **common,
-        )
-
-    values = read_json_object(path)
-    for name, expected in (("peft_type", "LORA"), ("task_type", "CAUSAL_LM")):
-        if (value := values.pop(name, None) or expected) != expected:
-            raise InputError(f'{path}: {name} must be "{expected}", not {value!r}.')
-    known = {field.name for field in dataclasses.fields(LoraConfig)}
-    # A file from another version of PEFT lists options that this one lacks; they matter only when they are set.
-    for name in [name for name in values if name not in known]:
-        if not is_empty(value := values.pop(name)):
-            raise InputError(f"{path}: {name} ({value!r}) is not an option of PEFT's LoRA.{did_you_mean(name, known)}")
-    try:
-        return LoraConfig(**{**values, **common})
-    except (AttributeError, ImportError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: PEFT does not accept this LoRA configuration: {error}") from error
-
-
-def _with_adapter_values(config: TrainConfig) -> TrainConfig:
-    """The configuration whose lora_* fields say what --adapter_config says, so that its record is true."""
-    adapter = lora_config(config)
-    modules = adapter.target_modules or []  # none: PEFT knows the modules of common architectures
-    try:
-        return dataclasses.replace(
-            config,
-            lora_r=adapter.r,
-            lora_alpha=adapter.lora_alpha,
-            lora_dropout=adapter.lora_dropout,
-            lora_target_modules=[modules] if isinstance(modules, str) else sorted(modules),
-        )
-    except InputError as error:
-        raise InputError(f"{config.adapter_config}: {error}") from error

@@ -10,6 +10,8 @@ import dataclasses
 import difflib
 import functools
 import math
+import shutil
+import textwrap
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,9 +32,12 @@ NOT_EMPTY: Check = (lambda v: v != "", "a name or path")
 REQUIRED = dataclasses.MISSING
 
 
-def flag(group: str, default: Any, help: str, check: Check | None = None) -> Any:
-    """A dataclass field with the group, help text and range that --help and errors show; default may be REQUIRED."""
-    metadata = {"group": group, "help": help, "check": check}
+def flag(group: str, default: Any, help: str, check: Check | None = None, *, verbatim: bool = False) -> Any:
+    """A dataclass field with the group, help text and range that --help and errors show; default may be REQUIRED.
+
+    The values of a list are split at commas and white space, unless they are `verbatim`, as paths must be.
+    """
+    metadata = {"group": group, "help": help, "check": check, "verbatim": verbatim}
     if isinstance(default, list):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -50,7 +55,7 @@ def check_fields(config: Any) -> None:
 
 def checked(cls: Any, name: str, value: Any, label: str) -> Any:
     """`value` as the field `name` of `cls` holds it; InputError, with `label` for its name, if it is not accepted."""
-    kind, optional = _unwrap(_hints(cls)[name])
+    kind, optional = kind_of(cls, name)
     if value is None and optional:
         return None
     if typing.get_origin(kind) is Literal:
@@ -59,10 +64,12 @@ def checked(cls: Any, name: str, value: Any, label: str) -> Any:
             accepted = " or ".join(choices)
             raise InputError(f"{label} takes {accepted}, not {value!r}.{did_you_mean(str(value), choices)}")
         return value
+    metadata = cls.__dataclass_fields__[name].metadata
+    check = metadata["check"]
     if typing.get_origin(kind) is list:
-        if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) and item for item in value):
-            raise InputError(f"{label} takes names, not {value!r}.")
-        return list(value)
+        # Paths and numbers may come alone, as in a file that says `dataset: rows.jsonl`.
+        alone = isinstance(value, (int, float)) or (isinstance(value, str) and metadata["verbatim"])
+        return _checked_list(kind, [value] if alone else value, label, check)
     if kind is float and type(value) is int:
         value = float(value)
     if kind is int and isinstance(value, float) and value.is_integer():
@@ -70,10 +77,22 @@ def checked(cls: Any, name: str, value: Any, label: str) -> Any:
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
         words = {int: "an integer", float: "a finite number", bool: "true or false", str: "text"}[kind]
         raise InputError(f"{label} takes {words}, not {value!r}.")
-    check = cls.__dataclass_fields__[name].metadata["check"]
     if check is not None and not check[0](value):
         raise InputError(f"{label} must be {check[1]}, not {value!r}.")
     return value
+
+
+def _checked_list(kind: Any, value: Any, label: str, check: Check | None) -> list[Any]:
+    numbers = typing.get_args(kind) == (float,)
+    items: Any = value if isinstance(value, (list, tuple)) else [None]
+    if numbers and not all(type(item) in (int, float) and math.isfinite(item) for item in items):
+        raise InputError(f"{label} takes finite numbers, not {value!r}.")
+    if not numbers and not all(isinstance(item, str) and item for item in items):
+        raise InputError(f"{label} takes names, not {value!r}.")
+    items = [float(item) for item in items] if numbers else list(items)
+    if check is not None and (bad := [item for item in items if not check[0](item)]):
+        raise InputError(f"{label} must be {check[1]}, not {bad[0]!r}.")
+    return items
 
 
 def require(cls: type, values: Mapping[str, Any], prog: str) -> None:
@@ -83,20 +102,70 @@ def require(cls: type, values: Mapping[str, Any], prog: str) -> None:
         raise InputError(f"{' and '.join(missing)} must be given. `{prog} --help` lists the options.")
 
 
-def read_flags(cls: type, argv: Sequence[str], prog: str, description: str) -> dict[str, Any]:
+def read_flags(
+    cls: type,
+    argv: Sequence[str],
+    prog: str,
+    description: str,
+    *,
+    files: Mapping[str, tuple[str, str]] | None = None,
+    example: str = "",
+) -> dict[str, Any]:
     """The flags given in `argv`, and only those, by field name and in the field's type.
 
-    Raises InputError for an unknown flag or one without its value. Ranges are left to `check_fields`, as is text that
-    is no number, so that a value is refused in the same words wherever it came from.
+    `files` are flags that are no fields, because they name where values come from: name -> (group, help). `example`
+    ends the help text. Raises InputError for an unknown flag or one without its value. Ranges are left to
+    `check_fields`, as is text that is no number, so that a value is refused in the same words wherever it came from.
     """
-    parser = _parser(cls, prog, description)
+    parser = _parser(cls, prog, description, files or {}, example)
     namespace, rest = parser.parse_known_args([_underscored(argument) for argument in argv])
     if rest and rest[0].startswith("-"):
         name = rest[0].partition("=")[0]
         raise InputError(f"{name} is not an option of `{prog}`.{did_you_mean(name, parser._option_string_actions)}")
     if rest:
         raise InputError(f"{rest[0]!r} has no flag before it; every value follows a name, as in --seed 1.")
-    return {name: _from_text(_hints(cls)[name], text) for name, text in vars(namespace).items()}
+    given = vars(namespace)
+    return {name: from_text(cls, name, text) if name in _hints(cls) else text for name, text in given.items()}
+
+
+def from_text(cls: Any, name: str, text: Any) -> Any:
+    """The value that a text, or a list of them, stands for in the field `name`; what does not fit the type stays text.
+
+    `none` empties a list and an optional number or choice.
+    """
+    kind, optional = kind_of(cls, name)
+    if typing.get_origin(kind) is list:
+        parts = text if isinstance(text, list) else [text]
+        if cls.__dataclass_fields__[name].metadata["verbatim"]:
+            return parts
+        items = [item for part in parts for item in part.replace(",", " ").split()]
+        if items == ["none"]:
+            return []
+        return [_number(float, item) for item in items] if typing.get_args(kind) == (float,) else items
+    if optional and kind is not str and text == "none":
+        return None
+    return _number(kind, text) if kind in (int, float) else text
+
+
+def _number(kind: Any, text: str) -> Any:
+    """The number that `text` writes, or the text itself, which `checked` then refuses by its words."""
+    try:
+        return kind(text)
+    except ValueError:
+        return text
+
+
+def kind_of(cls: Any, name: str) -> tuple[Any, bool]:
+    """The type of a field without `| None`, and whether None is allowed."""
+    hint = _hints(cls)[name]
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return next(kind for kind in typing.get_args(hint) if kind is not type(None)), True
+    return hint, False
+
+
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """A field's default; REQUIRED where it has none."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -117,41 +186,68 @@ class _Switch(argparse.Action):
         setattr(namespace, self.dest, option_string == f"--{self.dest}")
 
 
-def _parser(cls: type, prog: str, description: str) -> argparse.ArgumentParser:
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """A switch once, as --[no_]name, and never wider than a line of prose should be."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=min(shutil.get_terminal_size().columns - 2, 100))
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        return f"--[no_]{action.dest}" if isinstance(action, _Switch) else super()._format_action_invocation(action)
+
+
+def _parser(
+    cls: type, prog: str, description: str, files: Mapping[str, tuple[str, str]], example: str
+) -> argparse.ArgumentParser:
     needed = [f"--{field.name} {field.name.upper()}" for field in dataclasses.fields(cls) if _is_required(field)]
     parser = _Parser(
         prog,
-        usage=" ".join(["%(prog)s", *needed, "[options]"]),
-        description=description,
-        epilog="Dashes do as well as underscores.",
+        usage="\n       ".join(
+            [
+                " ".join(["%(prog)s", *needed, "[options]"]),
+                *(f"%(prog)s --{name} FILE [options]" for name in files),
+            ]
+        ),
+        description="\n".join(textwrap.wrap(description, 78)),
+        epilog=f"Dashes do as well as underscores.{example}",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
+        formatter_class=_Help,
     )
     groups: dict[str, Any] = {}
     for field in dataclasses.fields(cls):
         title = field.metadata["group"]
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
-        kind, _ = _unwrap(_hints(cls)[field.name])
+        kind, _ = kind_of(cls, field.name)
         options: dict[str, Any] = {"help": (field.metadata["help"] + _default_text(field)).replace("%", "%%")}
         if kind is bool:
             groups[title].add_argument(f"--{field.name}", f"--no_{field.name}", action=_Switch, nargs=0, **options)
         elif typing.get_origin(kind) is list:
-            groups[title].add_argument(f"--{field.name}", nargs="+", metavar="NAME", **options)
-        else:
-            metavar = {int: "N", float: "X", str: "TEXT"}.get(kind) or f"{{{','.join(typing.get_args(kind))}}}"
+            metavar = "X" if typing.get_args(kind) == (float,) else "NAME"
+            groups[title].add_argument(f"--{field.name}", nargs="+", metavar=metavar, **options)
+        elif typing.get_origin(kind) is Literal:
+            choices = typing.get_args(kind)
+            metavar = f"{{{','.join(choices)}}}"
+            if len(metavar) > 50:  # would break the column of the help texts, and the terminal's width
+                metavar, options["help"] = "NAME", f"{', '.join(choices)}: {options['help']}"
             groups[title].add_argument(f"--{field.name}", metavar=metavar, **options)
+        else:
+            metavar = {int: "N", float: "X", str: "TEXT"}[kind]
+            groups[title].add_argument(f"--{field.name}", metavar=metavar, **options)
+    for name, (title, text) in files.items():
+        groups[title].add_argument(f"--{name}", metavar="FILE", help=text)
     return parser
 
 
 def _default_text(field: dataclasses.Field[Any]) -> str:
     if _is_required(field):
         return " (required)"
-    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    default = default_of(field)
     if isinstance(default, bool):
-        return " (default: on)" if default else ""
+        default = "on" if default else "off"
     if isinstance(default, list):
-        default = " ".join(default)
+        default = " ".join(default) or "none"
     return "" if default in (None, "") else f" (default: {default})"
 
 
@@ -159,29 +255,6 @@ def _underscored(argument: str) -> str:
     """--learning-rate=1e-4 as --learning_rate=1e-4; values are left alone."""
     name, equals, value = argument.partition("=")
     return f"--{name[2:].replace('-', '_')}{equals}{value}" if argument.startswith("--") else argument
-
-
-def _from_text(hint: Any, text: Any) -> Any:
-    """The value that a flag's text stands for; text that does not fit the type stays text."""
-    kind, optional = _unwrap(hint)
-    if isinstance(text, list):
-        items = [item for part in text for item in part.replace(",", " ").split()]
-        return [] if items == ["none"] else items
-    if optional and kind is not str and text == "none":
-        return None
-    if kind not in (int, float):
-        return text
-    try:
-        return kind(text)
-    except ValueError:
-        return text
-
-
-def _unwrap(hint: Any) -> tuple[Any, bool]:
-    """A field's type without `| None`, and whether None is allowed."""
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return next(kind for kind in typing.get_args(hint) if kind is not type(None)), True
-    return hint, False
 
 
 def _is_required(field: dataclasses.Field[Any]) -> bool:

@@ -7,14 +7,17 @@ notice, and anything else is refused by name: a file never asks for something th
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ibft.config_file import parse_json, read_text
 from ibft.errors import InputError
 from ibft.flags import did_you_mean
+
+# What --report_to can name; ibft.tracking has them.
+TRACKERS = ("wandb", "tensorboard", "trackio")
 
 # Field of the file -> (field of TrainConfig, JSON type).
 SUPPORTED: dict[str, tuple[str, type]] = {
@@ -46,7 +49,7 @@ SUPPORTED: dict[str, tuple[str, type]] = {
 SETTLED = ("warmup_steps", "no_cuda", "use_cpu", "do_train", "logging_strategy", "fp16", "bf16", "report_to",
            "resume_from_checkpoint", "deepspeed")  # fmt: skip
 
-# Training does not evaluate, so these do nothing; one notice names those that the file changes.
+# What is evaluated, and when, our own flags say; one notice names those of these that the file changes.
 EVALUATION = ("do_eval", "do_predict", "eval_strategy", "evaluation_strategy", "eval_steps", "eval_delay",
               "eval_on_start", "eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object",
               "per_device_eval_batch_size", "prediction_loss_only", "fp16_full_eval", "bf16_full_eval",
@@ -111,6 +114,14 @@ AS_GOOD_AS_DEFAULT: dict[str, tuple[object, ...]] = {
 }  # fmt: skip
 
 
+# For the flag and for the field that some of the published project's files have.
+NO_STREAMING = (
+    "streaming is not supported: the plan of a run packs the whole dataset and resumes at an exact position, for which "
+    "it needs the length of every document. The tokens are memory-mapped, so they take no memory; without streaming, "
+    "the same data works."
+)
+
+
 def read_training_config(path: str | Path) -> tuple[dict[str, object], list[str]]:
     """Read a TrainingArguments JSON; returns the values it gives, by TrainConfig name, and notices to print.
 
@@ -119,6 +130,8 @@ def read_training_config(path: str | Path) -> tuple[dict[str, object], list[str]
     value is not its default.
     """
     data = read_json_object(path)
+    if data.pop("streaming", False):
+        raise InputError(f"{path}: {NO_STREAMING}")
     defaults = _known_defaults()
     for name in data:
         if name not in defaults:
@@ -145,8 +158,8 @@ def read_training_config(path: str | Path) -> tuple[dict[str, object], list[str]
             )
     if evaluation := [name for name in changed if name in EVALUATION]:
         notices.append(
-            f"{', '.join(evaluation)} in {path}: this version takes no evaluation data and does not evaluate during "
-            "training, so nothing is done for them."
+            f"{', '.join(evaluation)} in {path}: no effect; --validation_split (or _column, _dataset) and --eval_steps "
+            "say what is evaluated, and when."
         )
     if inert := [name for name in changed if name in INERT]:
         notices.append(f"{', '.join(inert)} in {path}: without effect in `ibft train`; the adapter is the same.")
@@ -198,8 +211,8 @@ def _settle(path: str | Path, data: Mapping[str, Any], settings: dict[str, objec
         settings["report_to"], unsupported = _trackers(path, data["report_to"])
         if unsupported:
             notices.append(
-                f"report_to in {path}: {', '.join(unsupported)} not supported, only wandb is; metrics.jsonl in the "
-                "output folder holds every number."
+                f"report_to in {path}: {', '.join(unsupported)} not supported, only {', '.join(TRACKERS)}; "
+                "metrics.jsonl in the output folder holds every number."
             )
     return notices
 
@@ -209,10 +222,10 @@ def _trackers(path: str | Path, value: object) -> tuple[list[str], list[str]]:
     names = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise InputError(f"{path}: report_to takes a name or a list of names, not {json.dumps(value)}.")
-    if "all" in names:  # all that are installed, says transformers
-        names = [name for name in names if name != "all"] + (["wandb"] if importlib.util.find_spec("wandb") else [])
-    supported = ["wandb"] if "wandb" in names else []
-    return supported, [name for name in names if name not in ("wandb", "none", "")]
+    return (
+        [name for name in (*TRACKERS, "all") if name in names],
+        [name for name in names if name not in (*TRACKERS, "all", "none", "")],
+    )
 
 
 def _typed(path: str | Path, name: str, value: object, kind: type) -> Any:
@@ -251,16 +264,7 @@ def _known_defaults() -> dict[str, Any]:
 
 def read_json_object(path: str | Path) -> dict[str, Any]:
     """The JSON object in a file; InputError with the line and column if it holds anything else."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise InputError(f"{path} cannot be read: {reason}.") from error
-    try:
-        data = json.loads(text)
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}"
-        raise InputError(f"{path} is not valid JSON: {error.msg} at {where}.") from error
+    data = parse_json(path, read_text(path))
     if not isinstance(data, dict):
         raise InputError(f"{path} must hold a JSON object {{...}}, not {json.dumps(data)[:40]}.")
     return data

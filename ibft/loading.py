@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ibft.errors import InputError
@@ -28,8 +28,13 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         raise InputError(f"no tokenizer can be loaded from base_model {name!r}: {_first_line(error)}") from error
 
 
-def load_base_model(name: str, dtype: torch.dtype, attn_implementation: str, device: torch.device) -> PreTrainedModel:
-    """A causal language model in evaluation mode on `device`. Raises InputError when it cannot be loaded."""
+def load_base_model(
+    name: str, dtype: torch.dtype | str, attn_implementation: str, device: torch.device
+) -> PreTrainedModel:
+    """A causal language model in evaluation mode on `device`; dtype "auto": that of its file.
+
+    Raises InputError when it cannot be loaded.
+    """
     _check_folder(name)
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -44,13 +49,34 @@ def load_base_model(name: str, dtype: torch.dtype, attn_implementation: str, dev
     return model.to(device)
 
 
-def fingerprint(model: PreTrainedModel) -> str:
-    """sha256 (hex) that tells base models apart: their configuration, and the first weights of every parameter."""
-    settings = {k: v for k, v in model.config.to_dict().items() if k != "_name_or_path"}
+def load_base_outline(name: str, dtype: torch.dtype, attn_implementation: str) -> PreTrainedModel:
+    """The base model without its weights, on the meta device: every module and shape, in no memory to speak of.
+
+    Only its configuration is read. Raises InputError when there is none of a causal language model.
+    """
+    _check_folder(name)
+    try:
+        config = AutoConfig.from_pretrained(name)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"base_model {name!r} cannot be loaded as a causal LM: {_first_line(error)}") from error
+    return model.eval()
+
+
+def fingerprint(model: PreTrainedModel, dtype: torch.dtype | None = None) -> str:
+    """sha256 (hex) that tells base models apart: their configuration, and the first weights of every parameter.
+
+    `dtype`: the fingerprint that the model would have, had it been loaded in that dtype.
+    """
+    left_out = ("_name_or_path", "transformers_version")
+    settings = {k: v for k, v in model.config.to_dict().items() if k not in left_out}
+    if dtype is not None:
+        settings["dtype"] = str(dtype).removeprefix("torch.")
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, parameter in model.named_parameters():
-        first = parameter.detach().flatten()[:256].float().cpu()
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode() + first.numpy().tobytes())
+        first = parameter.detach().flatten()[:256].to(dtype or parameter.dtype)
+        digest.update(f"{name} {tuple(parameter.shape)} {first.dtype}".encode() + first.float().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 

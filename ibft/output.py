@@ -82,10 +82,10 @@ class DeferredLogits(Tensor):
         logits._hidden, logits._parts = hidden.detach(), parts
         return logits
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         def computed(value: Any) -> Any:

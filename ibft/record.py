@@ -3,6 +3,7 @@
 import platform
 import sys
 import textwrap
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import ibft
+from ibft.adapter import unmatched_modules
+from ibft.model_card import hub_names
 from ibkernels import backends
 
 if TYPE_CHECKING:
@@ -30,11 +33,13 @@ def describe_run(run: "Run") -> str:
         f"base model    {config.base_model} ({_short(total - trainable)} parameters, "
         f"{str(dtype).removeprefix('torch.')}, {_where(engine.device)})",
         f"engine        {engine.name}; attention {run.attention.implementation} ({run.attention.reason})",
-        f"data          {config.dataset}",
+        f"data          {', '.join(config.dataset)}",
         *(f"              {line}" for line in data.report.lines()),
+        *_validation(run),
         f"method        {_method(run)}",
         f"trainable     {_short(trainable)} parameters"
         + (f", {_short(bottleneck)} of them the bottleneck's, which inference does not need" if bottleneck else ""),
+        *_unmatched(run),
         f"kernels       {kernel} (python -m ibkernels says why)",
         f"batch         {config.rows_per_batch} rows x {config.gradient_accumulation_steps} accumulated x "
         f"{engine.world_size} processes = {rows} {packed} rows of up to {config.max_length} tokens a step",
@@ -49,6 +54,27 @@ def describe_run(run: "Run") -> str:
     return "\n".join([*lines, *textwrap.wrap(values, 118, initial_indent="configuration ", subsequent_indent=" " * 14)])
 
 
+def _validation(run: "Run") -> list[str]:
+    if run.validation is None:
+        return []
+    names = ", ".join(name for name, _, _ in run.validation.report.datasets)
+    first, *more = [names, *run.validation.report.lines()]
+    return [f"validation    {first}", *(f"              {line}" for line in more)]
+
+
+def describe_dry_run(run: "Run", notices: Sequence[str]) -> str:
+    """What --dry_run prints: the notices, what a run would do, and what could not be checked without its weights."""
+    unchecked = ["that the base model's weights can be loaded and fit into memory"]
+    unchecked.append("that its logits are computed as the loss takes them to be")
+    if run.config.packing != "none":
+        unchecked.append("that it keeps the documents of a packed row apart")
+    if run.config.resume:
+        unchecked.append("that it is the base model of the checkpoint")
+    lines = [*(f"note: {notice}" for notice in notices), describe_run(run)]
+    lines += textwrap.wrap(f"not checked   {'; '.join(unchecked)}", 118, subsequent_indent=" " * 14)
+    return "\n".join([*lines, "dry run: nothing was trained, and nothing written"])
+
+
 def run_record(run: "Run", result: dict[str, Any] | None) -> dict[str, Any]:
     """The content of ibft.json; `result` is None until the run is finished."""
     return {
@@ -57,7 +83,12 @@ def run_record(run: "Run", result: dict[str, Any] | None) -> dict[str, Any]:
         "adapter": run.adapter,
         "base": run.base_fingerprint,
         "prompt_format": run.data.prompt_format,
-        "data": {"fingerprint": run.data.fingerprint, **asdict(run.data.report)},
+        "data": {"fingerprint": run.data.fingerprint, **asdict(run.data.report), "summary": run.data.report.lines()},
+        "validation": None
+        if run.validation is None
+        else {"fingerprint": run.validation.fingerprint, **asdict(run.validation.report)},
+        "hub": hub_names(run.config.to_dict()),
+        "dtype": str(next(run.model.get_base_model().parameters()).dtype).removeprefix("torch."),
         "engine": run.engine.name,
         "attention": run.attention.implementation,
         "steps": run.total_steps,
@@ -65,6 +96,11 @@ def run_record(run: "Run", result: dict[str, Any] | None) -> dict[str, Any]:
         "command": sys.argv,
         "versions": _versions(),
     }
+
+
+def _unmatched(run: "Run") -> list[str]:
+    names = unmatched_modules(run.model.peft_config["default"], run.model.base_model.targeted_module_names)
+    return [f"              no module of the model is named {', '.join(names)}: no adapter there"] if names else []
 
 
 def _method(run: "Run") -> str:

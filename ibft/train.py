@@ -9,18 +9,19 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
-import numpy as np
 import torch
+from peft import LoraConfig
 from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import PreTrainedTokenizerBase, get_scheduler, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler, set_seed
 
+from ibft.adapter import lora_config
 from ibft.architecture import CausalLM, default_target_layer
 from ibft.attention import Attention, select_attention
 from ibft.checkpoint import (
@@ -32,22 +33,26 @@ from ibft.checkpoint import (
     prepare_output,
     save_checkpoint,
     save_result,
+    steps_done,
     trim_metrics,
     write_json,
 )
-from ibft.config import TrainConfig, lora_config, parse_args
-from ibft.data import BatchPlan, EncodedDataset, collate, encode, load_rows
+from ibft.config import TrainConfig, parse_args
+from ibft.data import BatchPlan, EncodedDataset, load_batches, load_data
 from ibft.engine import Engine, start_engine
-from ibft.errors import TrainingDiverged
-from ibft.loading import fingerprint, load_base_model, load_tokenizer, quiet_libraries, resolve_dtype
+from ibft.errors import InputError, TrainingDiverged
+from ibft.loading import fingerprint, load_base_model, load_base_outline, load_tokenizer, quiet_libraries, resolve_dtype
 from ibft.model import IBModel, IBOutput
 from ibft.objective import IBConfig
-from ibft.record import describe_run, run_record
-from ibft.tracking import Metrics, start_tracker
+from ibft.record import describe_dry_run, describe_run, run_record
+from ibft.step_records import SUMMARY, StepRecord, is_finite, to_host, what_diverged
+from ibft.tracking import Metrics, start_trackers, usable_trackers
+from ibft.validation import Validation
 
 _COLLAPSED = (
     "warning: the posterior has collapsed: no dimension of the bottleneck varies with the input (all have "
-    "Var(mu) <= 0.01), so KL and CE_ib teach nothing. A smaller --alpha, or another --target_layer, may help."
+    "Var(mu) <= 0.01), so KL and CE_ib teach nothing. A larger --beta, a smaller --alpha or another --target_layer may "
+    "help."
 )
 
 
@@ -68,6 +73,7 @@ class Run:
     total_steps: int
     warmup_steps: int
     start_step: int = 0
+    validation: EncodedDataset | None = None
 
     @property
     def output(self) -> Path:
@@ -83,6 +89,7 @@ class Run:
             "adapter": self.adapter,
             "base": self.base_fingerprint,
             "data": self.data.fingerprint,
+            "validation": None if self.validation is None else self.validation.fingerprint,
             "rows_per_step": self.plan.rows_per_step,
             "total_steps": self.total_steps,
         }
@@ -97,15 +104,6 @@ class Run:
         )
 
 
-class _StepRecord(NamedTuple):
-    step: int  # steps done, from 1
-    documents: np.ndarray
-    num_tokens: int
-    num_labels: int
-    learning_rate: Any
-    scalars: Tensor  # loss, ce, kl, ce_ib, gradient norm; on the device
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line and trains."""
     config, notices = parse_args(sys.argv[1:] if argv is None else argv)
@@ -116,12 +114,17 @@ def train(config: TrainConfig, notices: Sequence[str] = ()) -> dict[str, Any]:
     """Runs a whole training and returns its record, which is also written to output_dir/ibft.json.
 
     Raises InputError, before training starts, for what the configuration asks and the world does not have; and
-    TrainingDiverged when loss or gradient stop being finite.
+    TrainingDiverged when loss or gradient stop being finite. With `dry_run` it says what it would do and returns the
+    record of a run that has not begun; nothing is written.
     """
     engine = start_engine(config.use_cpu, config.ddp_timeout)
     quiet_libraries(progress_bars=engine.is_main and sys.stderr.isatty())
     try:
         run = _set_up(config, engine)
+        if config.dry_run:
+            if engine.is_main:
+                print(describe_dry_run(run, [*notices, *usable_trackers(config.report_to)[1]]))
+            return run_record(run, result=None)
         metrics = _announce(run, notices)
         try:
             summary = _loop(run, metrics)
@@ -141,24 +144,13 @@ def train(config: TrainConfig, notices: Sequence[str] = ()) -> dict[str, Any]:
 def _set_up(config: TrainConfig, engine: Engine) -> Run:
     """The cheap checks first, then data, then the model, so that a wrong input costs seconds."""
     with engine.main_first():  # the others find the folder there, and writable
-        prepare_output(Path(config.output_dir), overwrite=config.overwrite, resume=config.resume)
+        prepare_output(
+            Path(config.output_dir), overwrite=config.overwrite, resume=config.resume, dry_run=config.dry_run
+        )
     attention = select_attention(config.attn_implementation, config.packing, engine.device.type)
     adapter = lora_config(config)
     tokenizer = load_tokenizer(config.base_model)
-    rows = load_rows(
-        config.dataset,
-        split=config.dataset_split,
-        prompt_column=config.prompt_column,
-        response_column=config.response_column,
-    )
-    data = encode(
-        rows,
-        tokenizer,
-        max_length=config.max_length,
-        bos=config.bos,
-        overlong=config.overlong,
-        num_proc=config.num_proc,
-    )
+    data, validation = load_data(config, tokenizer)
     plan = BatchPlan(
         data.lengths,
         max_length=config.max_length,
@@ -174,11 +166,14 @@ def _set_up(config: TrainConfig, engine: Engine) -> Run:
     # One seed makes the same initial weights on every rank; each rank's dropout then has a seed of its own.
     set_seed(config.seed % 2**32)
     dtype = resolve_dtype(config.dtype, engine.device)
-    base = load_base_model(config.base_model, dtype, attention.implementation, engine.device)
-    if config.packing != "none":
-        CausalLM.of(base).check_packing()
-    base_fingerprint = fingerprint(base)
-    model = IBModel.from_base(base, adapter, _ib_config(config, base))
+    if config.dry_run:  # without the weights: `describe_dry_run` says what that leaves unchecked
+        base, base_fingerprint = load_base_outline(config.base_model, dtype, attention.implementation), ""
+    else:
+        base = load_base_model(config.base_model, dtype, attention.implementation, engine.device)
+        if config.packing != "none":
+            CausalLM.of(base).check_packing()
+        base_fingerprint = fingerprint(base)
+    model = _with_adapter(base, adapter, _ib_config(config, base))
     if config.gradient_checkpointing:
         model.enable_input_require_grads()  # the embeddings are frozen: without this no gradient would enter
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -199,10 +194,14 @@ def _set_up(config: TrainConfig, engine: Engine) -> Run:
         base_fingerprint,
         total_steps,
         warmup_steps,
+        validation=validation,
     )
     if config.resume:
         newest = checkpoints(run.output)[-1]
-        run.start_step = load_checkpoint(newest, engine, model, optimizer, schedule, run.identity)
+        if config.dry_run:
+            run.start_step = steps_done(newest, run.identity, unknown={"base"})
+        else:
+            run.start_step = load_checkpoint(newest, engine, model, optimizer, schedule, run.identity)
     return run
 
 
@@ -210,16 +209,19 @@ def _announce(run: Run, notices: Sequence[str]) -> Metrics | None:
     """Says what the run will do, and makes room for it; the metrics on the main process, None on the others."""
     if not run.engine.is_main:
         return None
-    tracker, warning = start_tracker(run.config.report_to, run.config.run_name, run.config.to_dict())
-    for notice in [*notices, *([warning] if warning else [])]:
-        print(f"note: {notice}")
-    print(describe_run(run))
-    if run.config.resume:
+    config = run.config
+    if config.resume:
         trim_metrics(run.output / METRICS_NAME, run.start_step)
     else:
         clear_output(run.output)
+    trackers, warnings = start_trackers(
+        config.report_to, run.output, run_name=config.run_name, config=config.to_dict(), start_step=run.start_step
+    )
+    for notice in [*notices, *warnings]:
+        print(f"note: {notice}")
+    print(describe_run(run))
     write_json(run.output / RECORD_NAME, run_record(run, result=None))
-    return Metrics(run.output / METRICS_NAME, total_steps=run.total_steps, start_step=run.start_step, tracker=tracker)
+    return Metrics(run.output / METRICS_NAME, total_steps=run.total_steps, start_step=run.start_step, trackers=trackers)
 
 
 def _loop(run: Run, metrics: Metrics | None) -> dict[str, Any]:
@@ -227,12 +229,20 @@ def _loop(run: Run, metrics: Metrics | None) -> dict[str, Any]:
     config, engine, plan, data, optimizer = run.config, run.engine, run.plan, run.data, run.optimizer
     model = engine.wrap(run.model).train()
     trainable = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
-    batches = _batches(run)
+    batches = load_batches(
+        data,
+        plan,
+        range(run.start_step, run.total_steps),
+        rank=engine.rank,
+        device=engine.device,
+        tokenizer=run.tokenizer,
+    )
     batch = next(batches)
     noise_rng = torch.tensor([config.seed, run.start_step], device=engine.device)  # (seed, step) of the noise stream
     one_step = torch.tensor([0, 1], device=engine.device)
     diverged = torch.zeros((), device=engine.device)  # sticky: from the first bad step on, no step moves a weight
-    window: list[_StepRecord] = []
+    validation = Validation(config, run.validation, run.tokenizer, engine) if run.validation is not None else None
+    window: list[StepRecord] = []
     window_start = time.perf_counter()
     summary: dict[str, Any] = {}
     inactive = 0  # logged windows in a row, after the warm-up, in which no dimension of the bottleneck was active
@@ -244,8 +254,9 @@ def _loop(run: Run, metrics: Metrics | None) -> dict[str, Any]:
         num_micro_batches = len(plan.micro_batches(step, engine.rank))
         done = step + 1
         saving = config.save_strategy == "steps" and done % config.save_steps == 0 and done < run.total_steps
+        evaluating = validation is not None and validation.is_due(done, plan.steps_in_epoch(0), run.total_steps)
         # Before a checkpoint too, so that none is written of a run that has diverged, or ahead of its metrics.
-        logged = done % config.logging_steps == 0 or done == run.total_steps or saving
+        logged = done % config.logging_steps == 0 or done == run.total_steps or saving or evaluating
         terms = torch.zeros(4, device=engine.device)
 
         for micro in range(num_micro_batches):
@@ -275,15 +286,17 @@ def _loop(run: Run, metrics: Metrics | None) -> dict[str, Any]:
         noise_rng = noise_rng + one_step
 
         scalars = torch.cat([terms, grad_norm.float().reshape(1)])
-        window.append(_StepRecord(done, documents, num_tokens, num_labels, learning_rate, scalars))
+        window.append(StepRecord(done, documents, num_tokens, num_labels, learning_rate, scalars))
         if logged:
-            records = _to_host(run, window, output.active_share, time.perf_counter() - window_start)
-            sound = next((index for index, values in enumerate(records) if not _is_finite(values)), len(records))
+            records = to_host(run, window, output.active_share, time.perf_counter() - window_start)
+            sound = next((index for index, values in enumerate(records) if not is_finite(values)), len(records))
+            if validation is not None and evaluating and sound == len(records):
+                records[-1]["eval_loss"] = validation.loss(model)
             if metrics is not None and sound:
                 metrics.write(records[:sound])
             if sound < len(records):
-                raise TrainingDiverged(_what_diverged(run, records[sound], window[sound]))
-            summary = {name: records[-1][name] for name in ("step", "loss", "ce", "kl_nats", "ce_ib", "active_share")}
+                raise TrainingDiverged(what_diverged(run, records[sound], window[sound]))
+            summary = {name: records[-1][name] for name in SUMMARY}
             inactive = inactive + 1 if summary["active_share"] == 0 and done > run.warmup_steps else 0
             if metrics is not None and inactive == 2:
                 metrics.say(_COLLAPSED)
@@ -303,6 +316,15 @@ def _loop(run: Run, metrics: Metrics | None) -> dict[str, Any]:
             gc.collect()
             gc.freeze()  # what lives now lives to the end: no use walking it in every later collection
     return summary
+
+
+def _with_adapter(base: PreTrainedModel, adapter: LoraConfig, ib: IBConfig | None) -> IBModel:
+    try:
+        return IBModel.from_base(base, adapter, ib)
+    except InputError:
+        raise
+    except ValueError as error:  # PEFT's, of modules that the model has not, or cannot adapt
+        raise InputError(f"the adapter does not fit the base model: {error}") from error
 
 
 def _ib_config(config: TrainConfig, base: torch.nn.Module) -> IBConfig | None:
@@ -332,21 +354,8 @@ def _build_optimizer(config: TrainConfig, model: IBModel) -> AdamW:
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
         weight_decay=config.weight_decay,
-        fused=True,
+        fused=not config.dry_run,  # fused AdamW refuses parameters that are nowhere
     )
-
-
-def _batches(run: Run) -> Iterator[dict[str, Tensor]]:
-    """Every micro-batch of this rank, in order, on the device."""
-    pad = run.tokenizer.pad_token_id
-    pad = run.tokenizer.eos_token_id if pad is None else pad  # padding is never attended to or learnt: any id will do
-    for step in range(run.start_step, run.total_steps):
-        for bins in run.plan.micro_batches(step, run.engine.rank):
-            documents = [[run.data.document(int(index)) for index in row] for row in bins]
-            batch = collate(documents, pad_token_id=pad, max_length=run.config.max_length, packing=run.config.packing)
-            if run.engine.device.type == "cuda":
-                batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
-            yield {name: tensor.to(run.engine.device, non_blocking=True) for name, tensor in batch.items()}
 
 
 def _stack(output: IBOutput) -> Tensor:
@@ -354,53 +363,6 @@ def _stack(output: IBOutput) -> Tensor:
     loss = cast(Tensor, output.loss).detach().float()
     values = (output.ce, output.kl, output.ce_ib)
     return torch.stack([loss, *(torch.zeros_like(loss) if value is None else value.float() for value in values)])
-
-
-def _to_host(run: Run, window: list[_StepRecord], share: Tensor | None, seconds: float) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl: one transfer for the whole window. `share` belongs to its last step."""
-    values = torch.stack([record.scalars for record in window]).tolist()
-    tokens_per_second = sum(record.num_tokens for record in window) / seconds
-    ib = run.model.ib_config
-    records = []
-    for record, (loss, ce, kl, ce_ib, grad_norm) in zip(window, values, strict=True):
-        records.append(
-            {
-                "step": record.step,
-                "epoch": run.plan.locate(record.step - 1)[0],
-                "loss": loss,
-                "ce": ce,
-                "kl": kl if ib else None,
-                "kl_nats": kl * (ib.bottleneck_dim if ib.kl_reduction == "mean" else 1) if ib else None,
-                "ce_ib": ce_ib if ib else None,
-                "active_share": None,
-                "grad_norm": grad_norm,
-                "learning_rate": record.learning_rate,
-                "tokens": record.num_tokens,
-                "label_tokens": record.num_labels,
-                "tokens_per_second": round(tokens_per_second, 1),
-            }
-        )
-    if share is not None and not math.isnan(value := share.item()):
-        records[-1]["active_share"] = value
-    return records
-
-
-_CHECKED = ("loss", "ce", "kl", "ce_ib", "grad_norm")
-
-
-def _is_finite(values: dict[str, Any]) -> bool:
-    return all(values[name] is None or math.isfinite(values[name]) for name in _CHECKED)
-
-
-def _what_diverged(run: Run, values: dict[str, Any], record: _StepRecord) -> str:
-    examples = sorted(run.data.document(int(index)).example_id for index in record.documents)
-    shown = ", ".join(map(str, examples[:20])) + (", ..." if len(examples) > 20 else "")
-    found = ", ".join(f"{name} {values[name]}" for name in _CHECKED)
-    return (
-        f"step {record.step} is not finite ({found}); its batch holds the dataset's rows {shown} (from 0). "
-        "No weight was changed by this step or after it. A lower --learning_rate or --max_grad_norm, or "
-        "--dtype float32, may help."
-    )
 
 
 if __name__ == "__main__":

@@ -55,10 +55,10 @@ def test_the_extras_of_the_readme_exist():
     assert {"dev", "bench", "eval", "flash", "liger", "deepspeed"} <= set(EXTRAS)
 
 
-def test_triton_comes_with_torch_and_is_not_asked_for():
-    lines = [PROJECT["dependencies"], *EXTRAS.values()]
-    requirements = {Requirement(line).name for group in lines for line in group}
-    assert "triton" not in requirements
+def test_triton_comes_with_torch_and_is_asked_for_by_the_tests_alone():
+    """Torch for GPUs pins a version of its own; torch for CPUs brings none, and the tests interpret the kernels."""
+    lines = [PROJECT["dependencies"], *(lines for name, lines in EXTRAS.items() if name != "dev")]
+    assert "triton" not in {Requirement(line).name for group in lines for line in group}
 
 
 @pytest.mark.parametrize("package", ["ibkernels", "ibft"])

@@ -107,7 +107,7 @@ def _make_base(config: DemoConfig, corpus: Sequence[Task], training: Sequence[Ta
 def _train_config(config: DemoConfig, folder: Path, method: str) -> TrainConfig:
     return TrainConfig(
         base_model=str(folder / "base"),
-        dataset=str(folder / "train.jsonl"),
+        dataset=[str(folder / "train.jsonl")],
         method=method,  # type: ignore[arg-type]
         max_length=MAX_LENGTH,
         per_device_train_batch_size=8,

@@ -9,10 +9,11 @@ from importlib.machinery import ModuleSpec
 
 import pytest
 
-from ibft.config import Scheduler, TrainConfig, check_deepspeed, lora_config, parse_args, preset_values
+from ibft.adapter import lora_config
+from ibft.config import Scheduler, TrainConfig, check_deepspeed, parse_args, preset_values
 from ibft.errors import InputError
 
-READ_WHEN_PARSED = ("adapter_config", "training_config", "use_deepspeed")  # their own tests are below
+READ_WHEN_PARSED = ("adapter_config", "training_config", "use_deepspeed", "streaming")  # their own tests are below
 BASE = {"base_model": "m", "dataset": "d"}
 REQUIRED = ["--base_model", "m", "--dataset", "d"]
 
@@ -46,7 +47,14 @@ def test_every_field_is_a_flag_in_both_spellings(name, respell):
         for flag, value in ((f"--{name}", True), (f"--no_{name}", False)):
             assert getattr(parse_args([*required, respell(flag)])[0], name) is value
         return
-    samples = {"str": "x", "int": "4096", "float": "0.5", "list[str]": "wandb", "Scheduler": "linear"}
+    samples = {
+        "str": "x",
+        "int": "4096",
+        "float": "0.5",
+        "list[str]": "wandb",
+        "list[float]": "0.5",
+        "Scheduler": "linear",
+    }
     text = samples.get(kind.removesuffix(" | None")) or kind.split("'")[1]  # or the first of its choices
     config = parse_args([*required, respell(f"--{name}"), text])[0]
     value = getattr(config, name)
@@ -77,7 +85,7 @@ def test_values_keep_their_dashes():
         ("--learning_rte 1", r"--learning_rte is not an option of `ibft train`\. Did you mean --learning_rate\?"),
         ("--learning-rte=1", r"--learning_rte is not an option .* Did you mean --learning_rate\?"),
         ("--alph 0.1", r"--alph is not an option .* Did you mean --alpha\?"),  # no abbreviations
-        ("stray", r"'stray' has no flag before it"),
+        ("--seed 1 stray", r"'stray' has no flag before it"),
         ("--alpha", r"--alpha: expected one argument.*--help"),
         ("--alpha much", r"--alpha takes a finite number, not 'much'\."),
         ("--alpha nan", r"--alpha takes a finite number, not nan\."),
@@ -107,7 +115,8 @@ def test_values_keep_their_dashes():
         ("--save_steps 0", r"--save_steps must be at least 1"),
         ("--save_total_limit 0", r"--save_total_limit must be at least 1"),
         ("--save_strategy epoch", r"--save_strategy takes no or steps, not 'epoch'"),
-        ("--report_to wandb tensorboard", r"--report_to takes wandb or none, not 'tensorboard'"),
+        ("--report_to wandb tensorbord", r"--report_to takes wandb, .* not 'tensorbord'\. Did you mean tensorboard\?"),
+        ("--report_to none wandb", r"--report_to takes wandb, tensorboard, trackio, all, or none alone, not 'none'"),
         ("--output_dir=", r"--output_dir must be a name or path, not ''"),
         ("--resume --overwrite", r"--resume and --overwrite exclude each other"),
         ("--attn_implementation flash_attention_2", r"works with --packing none"),
@@ -149,8 +158,25 @@ def test_help_lists_every_flag(capsys):
         parse_args(["--help"])
     shown = capsys.readouterr().out
     assert stop.value.code == 0
-    assert all(f"--{name}" in shown for name in TrainConfig.__dataclass_fields__)
-    assert "--no_overwrite" in shown and "(default: 0.0001)" in shown and "%" not in shown
+    kinds = {name: field.type for name, field in TrainConfig.__dataclass_fields__.items()}
+    words = set(shown.split())
+    assert {f"--{'[no_]' if kind == 'bool' else ''}{name}" for name, kind in kinds.items()} <= words
+    assert "--config FILE" in shown and "(default: 0.0001)" in shown and "%" not in shown
+
+
+def test_help_fits_a_terminal_of_80_columns_and_ends_with_an_example(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        parse_args(["--help"])
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
+    groups = ("model", "data", "method", "bottleneck", "adapter", "optimisation", "run", "settings from files")
+    starts = [shown.index(f"\n{group}") for group in groups]
+    assert starts == sorted(starts)
+    example = shown.partition("\nexample")[2].replace("\\\n", " ")
+    commands = [line.partition("#")[0].split() for line in example.splitlines() if line.startswith("  ibft train")]
+    assert len(commands) == 2
+    assert parse_args(commands[0][2:])[0].dry_run  # it is accepted, and starts nothing
 
 
 # --- the object

@@ -26,14 +26,15 @@ def documents(count: int = 8) -> list[Document]:
     found = []
     for example in range(count):
         length = int(rng.integers(3, 15))
-        found.append(Document(rng.integers(0, VOCABULARY, length), int(rng.integers(1, length)), 100 + example))
+        is_label = np.arange(length) >= 1 + example % (length - 1)
+        found.append(Document(rng.integers(0, VOCABULARY, length), is_label, 100 + example))
     return found
 
 
 def run_step(model: IBModel, batches: Sequence[Sequence[Sequence[Document]]], packing: str) -> dict[str, float]:
     """One optimizer step's gradients, over micro-batches of rows of documents; the sums of its terms."""
     everything = [document for batch in batches for row in batch for document in row]
-    num_labels = sum(len(d.tokens) - max(d.label_start, 1) for d in everything)
+    num_labels = sum(int(d.is_label.sum()) for d in everything)
     num_tokens = sum(len(d.tokens) for d in everything)
     terms = dict.fromkeys(TERMS, 0.0)
     for batch in batches:
@@ -113,7 +114,7 @@ def test_the_plans_counts_are_those_of_the_batches() -> None:
             for bins in plan.micro_batches(step, rank)
         ]
         assert sum(int(batch["token_mask"].sum()) for batch in batches) == lengths[indices].sum()
-        labels = sum(len(docs[i].tokens) - max(docs[i].label_start, 1) for i in indices)
+        labels = sum(int(docs[i].is_label.sum()) for i in indices)
         assert sum(batch["label_indices"].numel() for batch in batches) == labels
 
 

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from oracle import assert_same_gradients, eager_terms, gradients, random_batch, tiny_model, wrap
-from peft import LoraConfig
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
@@ -21,6 +20,7 @@ from transformers import Trainer, TrainingArguments
 import ibft.train
 from ibft import IBConfig, IBModel, InputError
 from ibft.config import TrainConfig
+from ibft.data import collate, load_batches
 from ibft.engine import Engine
 
 trl = pytest.importorskip("trl")
@@ -57,7 +57,11 @@ class OwnLoop:
             TrainConfig(**{**config.to_dict(), "output_dir": config.output_dir + "-again"}), Engine(torch.device("cpu"))
         )
         self.model, self.tokenizer, self.data, self.plan = again.model, again.tokenizer, again.data, again.plan
-        self.batches = list(ibft.train._batches(again))
+        self.batches = list(
+            load_batches(
+                self.data, self.plan, range(STEPS), rank=0, device=again.engine.device, tokenizer=self.tokenizer
+            )
+        )
         self.micro_batches = [len(again.plan.micro_batches(step, 0)) for step in range(STEPS)]
         for step in range(STEPS):  # what the loop hands over beside the batch
             for batch in self.batches[sum(self.micro_batches[:step]) :][: self.micro_batches[step]]:
@@ -69,9 +73,7 @@ class OwnLoop:
             for bins in self.plan.micro_batches(step, 0):
                 for row in bins:
                     (index,) = row
-                    batch = ibft.train.collate(
-                        [[self.data.document(int(index))]], pad_token_id=0, max_length=128, packing="none"
-                    )
+                    batch = collate([[self.data.document(int(index))]], pad_token_id=0, max_length=128, packing="none")
                     yield batch["input_ids"][0].numpy(), batch["labels"][0].numpy()
 
 
@@ -310,7 +312,3 @@ def test_an_earlier_sft_trainer_that_reads_statistics_and_logits(tmp_path: Path)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     result = subprocess.run(tests, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
-
-
-def lora() -> LoraConfig:
-    return LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")

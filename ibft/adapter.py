@@ -1,0 +1,84 @@
+"""The adapter's configuration: PEFT's LoraConfig from the --lora_* flags, or from a file of PEFT's."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ibft.errors import InputError
+from ibft.flags import did_you_mean
+from ibft.legacy import is_empty, read_json_object
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+    from ibft.config import TrainConfig
+
+
+def lora_config(config: TrainConfig) -> LoraConfig:
+    """The PEFT configuration of the adapter, from --adapter_config if given, else from the --lora_* flags."""
+    from peft import LoraConfig  # imports torch and transformers
+
+    path = config.adapter_config
+    common: dict[str, Any] = {"task_type": "CAUSAL_LM", "inference_mode": False}
+    common["base_model_name_or_path"] = config.base_model
+    if path is None:
+        modules = config.lora_target_modules
+        return LoraConfig(
+            r=config.lora_r,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            target_modules="all-linear" if modules == ["all-linear"] else list(modules),
+            **common,
+        )
+
+    values = read_json_object(path)
+    for name, expected in (("peft_type", "LORA"), ("task_type", "CAUSAL_LM")):
+        if (value := values.pop(name, None) or expected) != expected:
+            raise InputError(f'{path}: {name} must be "{expected}", not {value!r}.')
+    known = {field.name for field in dataclasses.fields(LoraConfig)}
+    # A file from another version of PEFT lists options that this one lacks; they matter only when they are set.
+    for name in [name for name in values if name not in known]:
+        if not is_empty(value := values.pop(name)):
+            raise InputError(f"{path}: {name} ({value!r}) is not an option of PEFT's LoRA.{did_you_mean(name, known)}")
+    try:
+        return LoraConfig(**{**values, **common})
+    except (AttributeError, ImportError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: PEFT does not accept this LoRA configuration: {error}") from error
+
+
+def unmatched_modules(adapter: LoraConfig, adapted: Sequence[str]) -> list[str]:
+    """Names in target_modules that no adapted module bears: PEFT passes over them in silence, unless all are such."""
+    if not isinstance(adapter.target_modules, (set, list)):  # a regular expression, "all-linear", or PEFT's own choice
+        return []
+    return [
+        name
+        for name in sorted(adapter.target_modules)
+        if not any(module == name or module.endswith(f".{name}") for module in adapted)
+    ]
+
+
+def with_adapter_values(config: TrainConfig, given: list[str]) -> TrainConfig:
+    """The configuration whose lora_* fields say what --adapter_config says, so that its record is true.
+
+    Raises InputError when a lora_* field that was given says something else; a record, read back, says the same.
+    """
+    adapter = lora_config(config)
+    modules = adapter.target_modules or []  # none: PEFT knows the modules of common architectures
+    try:
+        resolved = dataclasses.replace(
+            config,
+            lora_r=adapter.r,
+            lora_alpha=adapter.lora_alpha,
+            lora_dropout=adapter.lora_dropout,
+            lora_target_modules=[modules] if isinstance(modules, str) else sorted(modules),
+        )
+    except InputError as error:
+        raise InputError(f"{config.adapter_config}: {error}") from error
+    for name in given:
+        if getattr(config, name) != getattr(resolved, name):
+            raise InputError(
+                f"--{name} and --adapter_config {config.adapter_config} both set the adapter; give one of them."
+            )
+    return resolved

@@ -1,0 +1,70 @@
+"""What is kept of every optimizer step: scalars on the device until logged, then the lines of metrics.jsonl."""
+
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ibft.train import Run
+
+SUMMARY = ("step", "loss", "ce", "kl_nats", "ce_ib", "active_share", "eval_loss")  # of the last step: the run's result
+
+
+class StepRecord(NamedTuple):
+    """One optimizer step, before its numbers have reached the host."""
+
+    step: int  # steps done, from 1
+    documents: np.ndarray
+    num_tokens: int
+    num_labels: int
+    learning_rate: Any
+    scalars: Tensor  # loss, ce, kl, ce_ib, gradient norm; on the device
+
+
+def to_host(run: "Run", window: list[StepRecord], share: Tensor | None, seconds: float) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl: one transfer for the whole window. `share` belongs to its last step."""
+    values = torch.stack([record.scalars for record in window]).tolist()
+    tokens_per_second = sum(record.num_tokens for record in window) / seconds
+    ib = run.model.ib_config
+    records = []
+    for record, (loss, ce, kl, ce_ib, grad_norm) in zip(window, values, strict=True):
+        records.append(
+            {
+                "step": record.step,
+                "epoch": run.plan.locate(record.step - 1)[0],
+                "loss": loss,
+                "ce": ce,
+                "kl": kl if ib else None,
+                "kl_nats": kl * (ib.bottleneck_dim if ib.kl_reduction == "mean" else 1) if ib else None,
+                "ce_ib": ce_ib if ib else None,
+                "active_share": None,
+                "eval_loss": None,
+                "grad_norm": grad_norm,
+                "learning_rate": record.learning_rate,
+                "tokens": record.num_tokens,
+                "label_tokens": record.num_labels,
+                "tokens_per_second": round(tokens_per_second, 1),
+            }
+        )
+    if share is not None and not math.isnan(value := share.item()):
+        records[-1]["active_share"] = value
+    return records
+
+
+_CHECKED = ("loss", "ce", "kl", "ce_ib", "grad_norm")
+
+
+def is_finite(values: dict[str, Any]) -> bool:
+    return all(values[name] is None or math.isfinite(values[name]) for name in _CHECKED)
+
+
+def what_diverged(run: "Run", values: dict[str, Any], record: StepRecord) -> str:
+    found = ", ".join(f"{name} {values[name]}" for name in _CHECKED)
+    return (
+        f"step {record.step} is not finite ({found}); its batch holds {run.data.places(record.documents)}. "
+        "No weight was changed by this step or after it. A lower --learning_rate or --max_grad_norm, or "
+        "--dtype float32, may help."
+    )

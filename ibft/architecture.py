@@ -77,9 +77,24 @@ class CausalLM:
         """Raises InputError for an adapter or a trained copy on the output head: the loss reads its weight directly."""
         if (kind := type(self.head)) is not nn.Linear:
             raise InputError(
-                f"the output head is a {kind.__module__}.{kind.__name__}, not a plain Linear. An adapter on the head is "
-                "not supported: take it out of the LoRA configuration's target_modules and modules_to_save "
+                f"the output head is a {kind.__module__}.{kind.__name__}, not a plain Linear. An adapter on the head "
+                "is not supported: take it out of the LoRA configuration's target_modules and modules_to_save "
                 '(target_modules="all-linear" leaves it out).'
+            )
+
+    @torch.no_grad()
+    def check_causal(self) -> None:
+        """Raises InputError when a token's hidden state depends on the next one, as an encoder's does."""
+        if self.head.weight.is_meta or self.head.weight.numel() == 0:
+            return
+        training = self.decoder.training
+        self.decoder.eval()
+        hidden = self.decode(input_ids=torch.tensor([[0, 1], [0, 2]], device=self.head.weight.device))
+        self.decoder.train(training)
+        if (hidden[0, 0] - hidden[1, 0]).abs().max() > 0.02 * hidden.abs().max():
+            raise InputError(
+                f"{type(self.decoder).__name__} lets a token see the ones after it, as an encoder does; base_model "
+                "must be a causal language model."
             )
 
     @torch.no_grad()

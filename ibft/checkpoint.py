@@ -6,19 +6,22 @@ A folder is written under a temporary name and renamed when it is whole, so that
 import errno
 import json
 import os
+import pickle
 import re
 import shutil
-from collections.abc import Set
+from collections.abc import Iterator, Set
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedTokenizerBase
 
 from ibft.engine import Engine
-from ibft.errors import InputError
+from ibft.errors import InputError, SavingFailed
 from ibft.model import HEAD_NAME, IBModel
 from ibft.model_card import CARD_NAME, may_replace, render_card
 from ibft.objective import CONFIG_NAME
@@ -28,6 +31,20 @@ RECORD_NAME = "ibft.json"
 METRICS_NAME = "metrics.jsonl"
 _STATE_NAME = "state.pt"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+# Disk full, over quota, file too large, read-only, not allowed, failing, gone.
+_REFUSALS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.ENOENT,
+    errno.ENOTDIR,
+}
+_TORCH_WRITER = "inline_container.cc"  # where torch.save's RuntimeError comes from on a full disk
+_TAKE_ANOTHER = "Remove that checkpoint to continue from the one before it, or start over with --overwrite."
 # A run continues the same whatever these are.
 _FREE_TO_CHANGE = {
     *("output_dir", "overwrite", "resume", "save_strategy", "save_steps", "save_total_limit", "logging_steps"),
@@ -46,6 +63,24 @@ def prepare_output(folder: Path, *, overwrite: bool, resume: bool, dry_run: bool
     Raises InputError. Removes nothing: see `clear_output`. With `dry_run` it makes nothing either, and asks the
     file system whether it could.
     """
+    try:
+        _refuse_occupied(folder, overwrite=overwrite, resume=resume)
+        if dry_run:
+            nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+            if not nearest.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+            if not os.access(nearest, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".write-test-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"output_dir {folder} cannot be written to: {error.strerror}.") from error
+
+
+def _refuse_occupied(folder: Path, *, overwrite: bool, resume: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"output_dir {folder} is a file; name a folder.")
     if (folder / "config.json").exists():  # with an adapter beside it, transformers would load both as one model
@@ -65,34 +100,77 @@ def prepare_output(folder: Path, *, overwrite: bool, resume: bool, dry_run: bool
             )
         if not resume and (folder / "adapter_config.json").exists():
             raise InputError(f"output_dir {folder} holds another adapter; choose another, or pass --overwrite.")
+
+
+@contextmanager
+def leave_no_empty_folder(folder: Path) -> Iterator[None]:
+    """Where the block fails, the folders down to `folder` that it made are gone again, if they are empty."""
+    missing = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
     try:
-        if dry_run:
-            nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-            if not nearest.is_dir():
-                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-            if not os.access(nearest, os.W_OK | os.X_OK):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".write-test-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise InputError(f"output_dir {folder} cannot be written to: {error.strerror}.") from error
+        yield
+    except BaseException:
+        with suppress(OSError):
+            for path in missing:
+                path.rmdir()
+        raise
+
+
+@contextmanager
+def saving_in(folder: Path) -> Iterator[None]:
+    """Where the system lets the block write no further, SavingFailed says so, and what is whole in the run's `folder`.
+
+    What was half-written is removed: it may be what fills the disk.
+    """
+    try:
+        yield
+    except Exception as error:
+        if (reason := refusal(error, folder)) is None:
+            raise
+        with suppress(OSError):
+            _remove_partial(folder)
+        newest = [path.name for path in checkpoints(folder)[-1:]]
+        survived = (
+            f"{newest[0]} is whole: when this is mended, --resume continues from it."
+            if newest
+            else "No checkpoint had been written, so a new run starts over, with --overwrite."
+        )
+        raise SavingFailed(f"the run stopped, because {folder} could not be written: {reason}. {survived}") from error
+
+
+def refusal(error: Exception, folder: Path) -> str | None:
+    """Why the system let something be written no further, in the words of each library that writes; None: not that."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error) if error.errno in _REFUSALS else None
+    if re.search(r"\(os error \d+\)", str(error)):  # those in Rust: safetensors, tokenizers
+        return str(error)
+    if _TORCH_WRITER in str(error):  # torch does not say which of the system's errors it met
+        return f"torch could write no further; {_free_space(folder)}"
+    return None
+
+
+def _free_space(folder: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(folder).free / 2**20:,.0f} MiB are free"
+    except OSError:
+        return "the disk may be full"
 
 
 def clear_output(folder: Path) -> None:
     """Removes what an earlier run left, so that nothing of it mixes with the new one."""
     for checkpoint in checkpoints(folder):
         _remove(checkpoint)
-    for partial in folder.glob(".*.partial"):
-        shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+    _remove_partial(folder)
     for name in (RECORD_NAME, METRICS_NAME, HEAD_NAME, CONFIG_NAME, "adapter_model.safetensors", "adapter_config.json"):
         (folder / name).unlink(missing_ok=True)
     if may_replace(folder / CARD_NAME):
         (folder / CARD_NAME).unlink(missing_ok=True)
     for events in (folder / TENSORBOARD_FOLDER).glob("events.out.tfevents.*"):
         events.unlink()  # and nothing else: in the current folder, `runs` may hold what is not ours
+
+
+def _remove_partial(folder: Path) -> None:
+    for partial in folder.glob(".*.partial"):
+        shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -149,15 +227,21 @@ def load_checkpoint(
 ) -> int:
     """Restores everything from a checkpoint; returns the steps done.
 
-    Raises InputError when configuration or data differ in what shapes the run, with the differences.
+    Raises InputError when configuration or data differ in what shapes the run, with the differences, and when a file
+    of the checkpoint is damaged.
     """
     state = _matching_state(checkpoint, run)
-    model.load_adapter(checkpoint, "default", is_trainable=True, torch_device=str(engine.device))
+    if model.bottleneck is not None and not (checkpoint / HEAD_NAME).is_file():
+        raise InputError(f"{checkpoint} has no {HEAD_NAME}. {_TAKE_ANOTHER}")
+    try:
+        model.load_adapter(checkpoint, "default", is_trainable=True, torch_device=str(engine.device))
+    except (OSError, SafetensorError, RuntimeError) as error:  # cut off, or weights of another shape
+        raise InputError(f"the adapter in {checkpoint} cannot be read: {error}. {_TAKE_ANOTHER}") from error
     optimizer.load_state_dict(state["optimizer"])
     schedule.load_state_dict(state["schedule"])
     rng = checkpoint / f"rng_{engine.rank}.pt"
     if rng.exists():  # with more processes than before, a new one goes on with its own seed
-        _restore_rng(torch.load(rng, weights_only=True), engine)
+        _restore_rng(_load(rng), engine)
     return state["step"]
 
 
@@ -170,10 +254,18 @@ def steps_done(checkpoint: Path, run: dict[str, Any], unknown: Set[str]) -> int:
 
 
 def _matching_state(checkpoint: Path, run: dict[str, Any], unknown: Set[str] = frozenset()) -> dict[str, Any]:
-    state = torch.load(checkpoint / _STATE_NAME, map_location="cpu", weights_only=True)
+    state = _load(checkpoint / _STATE_NAME)
     if differences := _differences(state["run"], run, unknown):
         raise InputError(f"{checkpoint} is of a different run; resuming would mix them: {'; '.join(differences)}.")
     return state
+
+
+def _load(file: Path) -> Any:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        reason = str(error).partition(".")[0] or type(error).__name__
+        raise InputError(f"{file} cannot be read: {reason}. {_TAKE_ANOTHER}") from error
 
 
 def save_result(folder: Path, model: IBModel, tokenizer: PreTrainedTokenizerBase, record: dict[str, Any]) -> None:
@@ -246,8 +338,13 @@ def _differences(before: dict[str, Any], now: dict[str, Any], unknown: Set[str])
         if isinstance(old, dict) and isinstance(new, dict):
             found += [f"{name}.{difference}" for difference in _differences(old, new, unknown)]
         elif old != new:
-            found.append(f"{name} was {old!r}, is {new!r}")
+            found.append(f"{name} was {_shown(old)}, is {_shown(new)}")
     return found
+
+
+def _shown(value: Any) -> str:
+    fingerprint = isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value)
+    return f"one of fingerprint {value[:12]}" if fingerprint else repr(value)
 
 
 def _rng_state(engine: Engine) -> dict[str, torch.Tensor]:

@@ -5,7 +5,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from ibft.errors import InputError, TrainingDiverged
+from ibft.errors import InputError, SavingFailed, TrainingDiverged
 
 _USAGE = """usage: ibft COMMAND [options]
 
@@ -18,7 +18,7 @@ ibft --version prints the version."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a sub-command; returns the exit code: 0, 1 for a run that failed, 2 for wrong input."""
+    """Runs a sub-command; returns the exit code: 0, 1 for a run that failed on the way, 2 for wrong input."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if command in ("-h", "--help", "help"):
@@ -46,19 +46,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_command(command: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
-    """Runs a command; a wrong input becomes a sentence and exit code 2, a diverged run exit code 1.
+    """Runs a command; every error that is no bug becomes a sentence, and with `--debug` its traceback too.
 
-    `--debug` among the arguments lets every error through with its traceback.
+    Exit code 2: a wrong input, which another command line or file would mend. Exit code 1: the run failed on the way,
+    because it diverged or because the system refused (disk full, no permission, file gone): an OSError with an errno.
+    Anything else is a bug, and its traceback is shown.
     """
     _adopt_published_token()
     rank = os.environ.get("RANK", "0")  # under torchrun, an error may be one process's alone
     where = "" if rank == "0" else f" (process {rank})"
     try:
         command(argv)
-    except (InputError, TrainingDiverged) as error:
+    except (InputError, SavingFailed, TrainingDiverged, OSError) as error:
+        message = str(error)
+        if isinstance(error, OSError):
+            if error.errno is None:  # a library's own kind, raised for anything
+                raise
+            message = _system_error(error)
         if "--debug" in argv:
             traceback.print_exc()
-        print(f"ibft: error{where}: {error}", file=sys.stderr)
+        print(f"ibft: error{where}: {' '.join(message.splitlines())}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt:
         print(
@@ -67,6 +74,12 @@ def run_command(command: Callable[[Sequence[str]], None], argv: Sequence[str]) -
         )
         return 130
     return 0
+
+
+def _system_error(error: OSError) -> str:
+    """What the system refused and for which file; a refusal that should not be is looked into with --debug."""
+    file = f" {os.fspath(error.filename)!r}:" if isinstance(error.filename, (str, bytes, os.PathLike)) else ""
+    return f"the system refused:{file} {error.strerror or error}. --debug shows where."
 
 
 def _adopt_published_token() -> None:

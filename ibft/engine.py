@@ -109,11 +109,17 @@ class DataParallel(Engine):
 def start_engine(use_cpu: bool, timeout_seconds: int) -> Engine:
     """The engine that the environment asks for: DDP where torchrun set WORLD_SIZE, else one process.
 
-    Raises InputError when a process has no GPU of its own while others have.
+    Raises InputError when a process has no GPU of its own while others have, and when the environment contradicts
+    itself.
     """
     cuda = torch.cuda.is_available() and not use_cpu
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    world_size = _from_environment("WORLD_SIZE", default=1, least=1)
+    local_rank = _from_environment("LOCAL_RANK", default=0, least=0)
+    if world_size > 1 and (missing := [name for name in _RENDEZVOUS if name not in os.environ]):
+        raise InputError(
+            f"WORLD_SIZE is {world_size}, but {missing[0]} is not set; torchrun sets both, and for one process neither "
+            "should be (unset WORLD_SIZE)."
+        )
     if cuda and local_rank >= torch.cuda.device_count():
         raise InputError(
             f"process {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}; "
@@ -125,3 +131,15 @@ def start_engine(use_cpu: bool, timeout_seconds: int) -> Engine:
     if world_size == 1:
         return Engine(device)
     return DataParallel(device, timedelta(seconds=timeout_seconds))
+
+
+_RENDEZVOUS = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def _from_environment(name: str, *, default: int, least: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.strip().isdecimal() or int(text) < least:
+        raise InputError(
+            f"the environment variable {name} is {text!r}; torchrun sets it, to a number of at least {least}."
+        )
+    return int(text)

@@ -23,7 +23,7 @@ from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ibft.checkpoint import RECORD_NAME, write_json
+from ibft.checkpoint import RECORD_NAME, refusal, write_json
 from ibft.errors import InputError
 from ibft.flags import NOT_EMPTY, REQUIRED, check_fields, flag, read_flags, require
 from ibft.loading import fingerprint, load_base_model, load_tokenizer, quiet_libraries
@@ -103,7 +103,10 @@ def export(config: ExportConfig) -> Path:
     source = _read_source(Path(config.adapter))
     base_model = config.base_model or source.base_model
     output = Path(config.output_dir)
-    _check_output(output, [source.folder, *([Path(base_model)] if base_model else [])], config.overwrite)
+    try:
+        _check_output(output, [source.folder, *([Path(base_model)] if base_model else [])], config.overwrite)
+    except OSError as error:
+        raise InputError(f"output_dir {output} cannot be written: {error.strerror}.") from error
     token = _token() if config.push_to_hub is not None else None
     if config.push_to_hub is not None and not config.merge and Path(base_model or "").is_absolute():
         print(f"note: {_CONFIG} will tell others {base_model!r}; --base_model gives a name on the Hub in its place.")
@@ -118,8 +121,10 @@ def export(config: ExportConfig) -> Path:
         else:
             _write_adapter(source, config.base_model, partial)
         _put_in_place(partial, target)
-    except OSError as error:
-        raise InputError(f"output_dir {output} cannot be written: {error.strerror or error}.") from error
+    except Exception as error:
+        if isinstance(error, InputError) or (reason := refusal(error, target.parent)) is None:
+            raise
+        raise InputError(f"output_dir {output} cannot be written: {reason}.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     print(f"{'merged model' if config.merge else 'adapter'} written to {output}")
@@ -155,7 +160,8 @@ def _read_source(folder: Path) -> _Source:
     if checkpoint and not record_file.is_file():
         record_file = folder.parent / RECORD_NAME
     record = _read_json(record_file) if record_file.is_file() else {}
-    if record and not {"base_model", "dataset"} <= record.get("config", {}).keys():
+    trained = record.get("config")
+    if record and not (isinstance(trained, dict) and {"base_model", "dataset"} <= trained.keys()):
         raise InputError(f"{record_file} is no record of `ibft train`: its config names no base_model and dataset.")
     if record and checkpoint:  # the run's result is of a later step than this adapter
         record = {**record, "result": None, "checkpoint": int(checkpoint[1])}
@@ -243,7 +249,7 @@ def _write_merged(source: _Source, base_model: str | None, config: ExportConfig,
         model = PeftModel.from_pretrained(base, str(source.folder), config=settings)
         merged = model.merge_and_unload(safe_merge=True).to(wanted)  # safe: refuses weights that are not finite
     except (OSError, ValueError, RuntimeError, TypeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise InputError(f"{source.folder} cannot be merged into base_model {base_model!r}: {reason}") from error
     merged.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

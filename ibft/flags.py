@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import re
 import shutil
 import textwrap
 import types
@@ -30,6 +31,7 @@ SHARE: Check = (lambda v: 0 <= v <= 1, "between 0 and 1")
 NOT_EMPTY: Check = (lambda v: v != "", "a name or path")
 
 REQUIRED = dataclasses.MISSING
+_LONG_DASHES = ("\N{EM DASH}", "\N{EN DASH}", "\N{MINUS SIGN}")
 
 
 def flag(group: str, default: Any, help: str, check: Check | None = None, *, verbatim: bool = False) -> Any:
@@ -122,6 +124,10 @@ def read_flags(
     if rest and rest[0].startswith("-"):
         name = rest[0].partition("=")[0]
         raise InputError(f"{name} is not an option of `{prog}`.{did_you_mean(name, parser._option_string_actions)}")
+    if rest and rest[0].startswith(_LONG_DASHES):
+        raise InputError(f"{rest[0]!r} begins with a long dash, which text editors make of two hyphens; write --name.")
+    if rest and rest[0].lower() in ("true", "false", "yes", "no"):
+        raise InputError(f"{rest[0]!r} has no flag before it: a switch takes no value, --name is on and --no_name off.")
     if rest:
         raise InputError(f"{rest[0]!r} has no flag before it; every value follows a name, as in --seed 1.")
     given = vars(namespace)
@@ -175,6 +181,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        # argparse takes -1 for a value, but -1e-4 for an option that lacks one.
+        self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$|-inf(inity)?$", re.IGNORECASE)
+
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message.removeprefix('argument ')}. `{self.prog} --help` lists the options.")
 

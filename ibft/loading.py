@@ -3,13 +3,19 @@
 import hashlib
 import json
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ibft.errors import InputError
+
+if TYPE_CHECKING:
+    from ibft.data import EncodedDataset
 
 
 def quiet_libraries(progress_bars: bool) -> None:
@@ -23,9 +29,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The base model's tokenizer. Raises InputError when there is none."""
     _check_folder(name)
     try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"no tokenizer can be loaded from base_model {name!r}: {_first_line(error)}") from error
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # of as many kinds as files can be wrong
+        raise InputError(f"no tokenizer can be loaded from base_model {name!r}: {_reason(error)}") from error
 
 
 def load_base_model(
@@ -41,11 +47,12 @@ def load_base_model(
             name,
             dtype=dtype,
             attn_implementation=attn_implementation,
+            trust_remote_code=False,  # else it would ask, and on every process
             # Straight to the GPU: no copy of the whole model in the host's memory, once per process.
             device_map={"": device} if device.type == "cuda" else None,
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"base_model {name!r} cannot be loaded as a causal LM: {_first_line(error)}") from error
+    except Exception as error:  # as above, and of the network
+        raise InputError(f"base_model {name!r} cannot be loaded as a causal LM: {_reason(error)}") from error
     return model.to(device)
 
 
@@ -56,12 +63,28 @@ def load_base_outline(name: str, dtype: torch.dtype, attn_implementation: str) -
     """
     _check_folder(name)
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"base_model {name!r} cannot be loaded as a causal LM: {_first_line(error)}") from error
+    except Exception as error:  # as above
+        raise InputError(f"base_model {name!r} cannot be loaded as a causal LM: {_reason(error)}") from error
     return model.eval()
+
+
+def check_vocabulary(
+    name: str, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, parts: "Sequence[EncodedDataset]"
+) -> None:
+    """Raises InputError for data with an id that has no embedding: an index error, on a GPU one that names nothing."""
+    size = base.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) <= size:  # else only the tokens that occur matter
+        return
+    largest = max(data.largest_token for data in parts)
+    if largest >= size:
+        raise InputError(
+            f"the data holds token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), but base_model {name!r} "
+            f"has embeddings for {size} tokens and its tokenizer {len(tokenizer)}; use the tokenizer that it was made "
+            "with, or resize its embeddings and save it."
+        )
 
 
 def fingerprint(model: PreTrainedModel, dtype: torch.dtype | None = None) -> str:
@@ -94,6 +117,8 @@ def resolve_dtype(requested: str, device: torch.device) -> torch.dtype:
 def _check_folder(name: str) -> None:
     """A path that does not exist would otherwise be looked up on the Hub, and fail with a puzzling sentence."""
     looks_local = name.startswith(("/", ".", "~")) or name.count("/") > 1 or name.endswith("/")
+    if Path(name).is_file():
+        raise InputError(f"base_model {name!r} is a file; name the folder that holds the model, or one on the Hub.")
     if looks_local and not Path(name).expanduser().is_dir():
         raise InputError(f"base_model {name!r} is not a folder; name one that holds a model, or a model on the Hub.")
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
@@ -101,5 +126,19 @@ def _check_folder(name: str) -> None:
         raise InputError(f"base_model {name!r} is a folder without config.json, so not a model{hint}.")
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _reason(error: Exception) -> str:
+    """What the libraries say, in a line; in our words where theirs name an argument that no user of ours can give."""
+    text = " ".join(str(error).split()).partition(" Model type should be one of")[0] or type(error).__name__
+    if "trust_remote_code" in text:
+        return "it needs code of its own, and ibft runs no code that comes with a model."
+    if "ignore_mismatched_sizes" in text:
+        return "its weights are not of the shapes that its config.json asks for."
+    if "instantiate the backend tokenizer" in text:
+        return "it has no tokenizer.json, nor other files that can be made one."
+    if isinstance(error, SafetensorError):
+        return f"one of its .safetensors files is damaged ({text})."
+    if isinstance(error, json.JSONDecodeError):
+        return f"one of its .json files is damaged ({text})."
+    if isinstance(error, (AttributeError, KeyError, TypeError)):
+        return f"its files do not hold what transformers looks for there ({type(error).__name__}: {text[:200]})."
+    return text if len(text) <= 300 else f"{text[:300]}..."

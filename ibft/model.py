@@ -56,6 +56,7 @@ class IBModel(PeftModelForCausalLM):
         parts = CausalLM.of(model)
         if ib is not None:
             parts.check_layer(ib.target_layer)
+        parts.check_causal()
         parts.check_logits(model)
         super().__init__(model, peft_config, adapter_name, **kwargs)
         try:

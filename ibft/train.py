@@ -10,6 +10,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -29,10 +30,12 @@ from ibft.checkpoint import (
     RECORD_NAME,
     checkpoints,
     clear_output,
+    leave_no_empty_folder,
     load_checkpoint,
     prepare_output,
     save_checkpoint,
     save_result,
+    saving_in,
     steps_done,
     trim_metrics,
     write_json,
@@ -41,7 +44,15 @@ from ibft.config import TrainConfig, parse_args
 from ibft.data import BatchPlan, EncodedDataset, load_batches, load_data
 from ibft.engine import Engine, start_engine
 from ibft.errors import InputError, TrainingDiverged
-from ibft.loading import fingerprint, load_base_model, load_base_outline, load_tokenizer, quiet_libraries, resolve_dtype
+from ibft.loading import (
+    check_vocabulary,
+    fingerprint,
+    load_base_model,
+    load_base_outline,
+    load_tokenizer,
+    quiet_libraries,
+    resolve_dtype,
+)
 from ibft.model import IBModel, IBOutput
 from ibft.objective import IBConfig
 from ibft.record import describe_dry_run, describe_run, run_record
@@ -113,27 +124,30 @@ def main(argv: Sequence[str] | None = None) -> None:
 def train(config: TrainConfig, notices: Sequence[str] = ()) -> dict[str, Any]:
     """Runs a whole training and returns its record, which is also written to output_dir/ibft.json.
 
-    Raises InputError, before training starts, for what the configuration asks and the world does not have; and
-    TrainingDiverged when loss or gradient stop being finite. With `dry_run` it says what it would do and returns the
-    record of a run that has not begun; nothing is written.
+    Raises InputError, before training starts, for what the configuration asks and the world does not have;
+    TrainingDiverged when loss or gradient stop being finite; and SavingFailed when the disk is full. With `dry_run` it
+    says what it would do and returns the record of a run that has not begun; nothing is written.
     """
     engine = start_engine(config.use_cpu, config.ddp_timeout)
     quiet_libraries(progress_bars=engine.is_main and sys.stderr.isatty())
     try:
-        run = _set_up(config, engine)
+        with leave_no_empty_folder(Path(config.output_dir)) if engine.is_main else nullcontext():
+            run = _set_up(config, engine)
         if config.dry_run:
             if engine.is_main:
                 print(describe_dry_run(run, [*notices, *usable_trackers(config.report_to)[1]]))
             return run_record(run, result=None)
-        metrics = _announce(run, notices)
-        try:
-            summary = _loop(run, metrics)
-        finally:
-            if metrics is not None:
-                metrics.close()
-        record = run_record(run, result=summary)
+        with saving_in(run.output):
+            metrics = _announce(run, notices)
+            try:
+                summary = _loop(run, metrics)
+            finally:
+                if metrics is not None:
+                    metrics.close()
+            record = run_record(run, result=summary)
+            if engine.is_main:
+                save_result(run.output, run.model, run.tokenizer, record)
         if engine.is_main:
-            save_result(run.output, run.model, run.tokenizer, record)
             print(f"adapter written to {run.output}")
         engine.barrier()
         return record
@@ -170,9 +184,12 @@ def _set_up(config: TrainConfig, engine: Engine) -> Run:
         base, base_fingerprint = load_base_outline(config.base_model, dtype, attention.implementation), ""
     else:
         base = load_base_model(config.base_model, dtype, attention.implementation, engine.device)
+        parts = CausalLM.of(base)
+        parts.check_causal()
         if config.packing != "none":
-            CausalLM.of(base).check_packing()
+            parts.check_packing()
         base_fingerprint = fingerprint(base)
+    check_vocabulary(config.base_model, base, tokenizer, [data, *([] if validation is None else [validation])])
     model = _with_adapter(base, adapter, _ib_config(config, base))
     if config.gradient_checkpointing:
         model.enable_input_require_grads()  # the embeddings are frozen: without this no gradient would enter
@@ -320,11 +337,26 @@ def _loop(run: Run, metrics: Metrics | None) -> dict[str, Any]:
 
 def _with_adapter(base: PreTrainedModel, adapter: LoraConfig, ib: IBConfig | None) -> IBModel:
     try:
-        return IBModel.from_base(base, adapter, ib)
+        model = IBModel.from_base(base, adapter, ib)
     except InputError:
         raise
     except ValueError as error:  # PEFT's, of modules that the model has not, or cannot adapt
         raise InputError(f"the adapter does not fit the base model: {error}") from error
+    if ib is not None and not _reaches_below(model, ib.target_layer):
+        raise InputError(
+            f"no adapter is at or below target_layer {ib.target_layer}, so the bottleneck would shape nothing; lower "
+            "layers_to_transform, or raise --target_layer."
+        )
+    return model
+
+
+def _reaches_below(model: IBModel, target_layer: int) -> bool:
+    """Whether something is trained other than the layers above the target, whose output the bottleneck reads."""
+    parts = CausalLM.of(model.get_base_model())
+    layers = [parts.layer(index) for index in range(target_layer, parts.num_layers)]
+    above = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    trained = [p for name, p in model.named_parameters() if p.requires_grad and not name.startswith("bottleneck.")]
+    return any(id(parameter) not in above for parameter in trained)
 
 
 def _ib_config(config: TrainConfig, base: torch.nn.Module) -> IBConfig | None:

@@ -58,6 +58,8 @@ class ColumnChoice:
                 f"names.{_did_you_mean(self.split_column, columns)}"
             )
         chosen = self._choose(columns, source)
+        if twice := [name for name in chosen if columns.count(name) > 1]:
+            raise InputError(f"{source} has {columns.count(twice[0])} columns {twice[0]!r}; names must differ.")
         pair_of_text = len(chosen) == 2 and not holds_lists(chosen[0])
         if not pair_of_text:
             self._check_messages(chosen, source)

@@ -161,7 +161,13 @@ def encode(
         encoder = TextEncoder(tokenizer, with_bos, max_length, overlong, separator)
         prompt_format = {"kind": "text", "separator": separator, "bos": with_bos, "eos": True}
     directory = tempfile.TemporaryDirectory(prefix="ibft-tokens-")
-    dataset = _map(rows, encoder, num_proc, Path(directory.name) / "tokens.arrow")
+    try:
+        dataset = _map(rows, encoder, num_proc, Path(directory.name) / "tokens.arrow")
+    except OSError as error:
+        raise InputError(
+            f"The tokens cannot be written to {tempfile.gettempdir()}, the folder for temporary files: "
+            f"{error.strerror or error}. TMPDIR names another one, with more room."
+        ) from error
     if isinstance(encoder, ChatEncoder):  # after the rows, whose refusals name the row
         prompt_format |= encoder.template.description
     return EncodedDataset(
@@ -227,9 +233,14 @@ class EncodedDataset:
         )
         if not len(self):
             empty = "no answer to learn" if self.report.chat else "an empty response"
+            advice = ["Raise --max_length."] * bool(counts[TOO_LONG])
+            if counts[EMPTY] and self.report.chat:
+                advice.append("What is learnt are the assistant's messages after a user's, of weight 1.")
+            elif counts[EMPTY]:
+                advice.append("Check the columns.")
             raise InputError(
                 f"None of the {len(outcome):,} rows can be trained on: {counts[TOO_LONG]:,} do not fit into max_length "
-                f"{max_length:,}, {counts[EMPTY]:,} have {empty}. Raise --max_length or check the columns."
+                f"{max_length:,}, {counts[EMPTY]:,} have {empty}. {' '.join(advice)}"
             )
 
     def __len__(self) -> int:
@@ -260,6 +271,11 @@ class EncodedDataset:
         sizes = spans[1::2] - np.maximum(spans[::2], 1)
         owner = np.repeat(np.arange(len(self)), self._spans.lengths // 2)
         return np.bincount(owner, weights=sizes, minlength=len(self)).astype(np.int64)
+
+    @property
+    def largest_token(self) -> int:
+        """The largest id that occurs."""
+        return max(int(values.max()) for values in self._tokens.pieces() if len(values))
 
     @cached_property
     def fingerprint(self) -> str:

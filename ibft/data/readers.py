@@ -122,6 +122,8 @@ def _json_records(file: TextIO, path: Path) -> Iterator[dict[str, Any]]:
                 f"{path}, line {number} is not valid JSON: {error.msg} at column {error.colno}. "
                 "Every line must hold one object (a .json file may also be one list of objects)."
             ) from None
+        except RecursionError:
+            raise InputError(f"{path}, line {number} is nested too deeply.") from None
         if not isinstance(record, dict):
             raise InputError(f"{path}, line {number} holds {_described(record)}, not an object with columns.")
         yield record
@@ -133,6 +135,8 @@ def _json_list(file: TextIO, path: Path) -> Iterator[dict[str, Any]]:
     except json.JSONDecodeError as error:
         where = f"{path}, line {error.lineno}"
         raise InputError(f"{where} is not valid JSON: {error.msg} at column {error.colno}.") from None
+    except RecursionError:
+        raise InputError(f"{path} is nested too deeply.") from None
     for row, record in enumerate(records):
         if not isinstance(record, dict):
             raise InputError(f"{path}, row {row} holds {_described(record)}, not an object with columns.")
@@ -158,7 +162,13 @@ def _json_text(batch: list[dict[str, Any]], name: str, path: Path, first_row: in
 
 def _read_csv(path: Path, choose: ColumnChoice) -> Source:
     with _open_text(path) as file:
-        layout = choose(next(csv.reader(file), []), lambda name: False, str(path))
+        header = next(csv.reader(file), [])
+    if len(header) == 1 and (other := next((mark for mark in ";\t|" if mark in header[0]), None)):
+        raise InputError(
+            f"{path}: the columns in its first line, {header[0]!r}, are separated by {other!r}; only commas are "
+            "understood. Save it with commas, or as .jsonl."
+        )
+    layout = choose(header, lambda name: False, str(path))
     if not layout.pair_of_text:
         raise InputError(f"{path}: the cells of a CSV file are text and hold no messages; use .jsonl or .parquet.")
     names = layout.names_to_read([])

@@ -4,6 +4,7 @@ Makes a tiny Llama that has read many small Python programs, fine-tunes it to wr
 (SFT) and with the bottleneck (IB-FT), reloads both adapters with plain PEFT, and compares them on unseen descriptions.
 """
 
+import importlib.util
 import json
 import time
 from collections.abc import Sequence
@@ -16,18 +17,19 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, set_seed
 
-from ibft.checkpoint import METRICS_NAME, write_json
+from ibft.checkpoint import METRICS_NAME, prepare_output, write_json
 from ibft.config import TrainConfig
 from ibft.data import BatchPlan, EncodedDataset, collate, encode, load_rows
 from ibft.data.packing import Packing
 from ibft.errors import InputError
-from ibft.flags import AT_LEAST_1, NOT_EMPTY, check_fields, flag
+from ibft.flags import AT_LEAST_1, NOT_EMPTY, Check, check_fields, flag
 from ibft.lab.tasks import Task, generate_tasks, write_jsonl
 from ibft.lab.tiny import build_llama, build_tokenizer, save_base
 from ibft.loading import quiet_libraries
 from ibft.train import train
 
 MAX_LENGTH = 256
+SEED: Check = (lambda v: 0 <= v < 2**32, "between 0 and 2**32 - 1")
 PRETRAINING_TASKS, TRAINING_TASKS, HELD_OUT_TASKS = 2000, 600, 100
 
 
@@ -36,10 +38,11 @@ class DemoConfig:
     """The flags of `ibft lab demo`."""
 
     output_dir: str = flag("demo", "ibft-demo", "folder for data, base model, both runs and the plot", NOT_EMPTY)
-    seed: int = flag("demo", 0, "of data, initialisation, order and noise")
+    seed: int = flag("demo", 0, "of data, initialisation, order and noise", SEED)
     pretraining_steps: int = flag("demo", 80, "optimizer steps of the base model", AT_LEAST_1)
     steps: int = flag("demo", 100, "optimizer steps of each fine-tuning", AT_LEAST_1)
     overwrite: bool = flag("demo", False, "start over in a folder that holds a demo")
+    debug: bool = flag("demo", False, "show the traceback of an error")
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -50,7 +53,9 @@ def run_demo(config: DemoConfig) -> list[dict[str, Any]]:
     folder = Path(config.output_dir)
     if (folder / "results.json").exists() and not config.overwrite:
         raise InputError(f"output_dir {folder} holds a finished demo; choose another, or pass --overwrite.")
-    folder.mkdir(parents=True, exist_ok=True)
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError('the demo draws its curves with matplotlib, which is not installed: pip install "ibft[plot]".')
+    prepare_output(folder, overwrite=True, resume=False)
     quiet_libraries(progress_bars=False)
     torch.set_flush_denormal(True)  # tiny numbers would make a small model crawl on a CPU
 

@@ -104,7 +104,7 @@ def test_translations(read, values, settings):
     [
         ({"fp16": True}, ["fp16", "float16 training is not supported", "--dtype"]),
         ({"bf16": True}, ["bf16", "bfloat16 on a GPU"]),
-        ({"do_eval": True}, ["do_eval", "does not evaluate"]),
+        ({"do_eval": True}, ["do_eval", "--validation_split"]),
         ({"eval_strategy": "steps", "eval_steps": 50}, ["eval_strategy, eval_steps"]),
         ({"evaluation_strategy": "epoch"}, ["evaluation_strategy"]),
         ({"dataloader_num_workers": 4, "save_safetensors": False}, ["dataloader_num_workers, save_safetensors"]),

@@ -148,7 +148,7 @@ def test_the_published_command_line(
     )
     assert main(command.split()) == 0
     printed = capsys.readouterr().out
-    assert "note: " in printed and "fp16" in printed and "wandb" in printed and "evaluation" in printed
+    assert "note: " in printed and "fp16" in printed and "wandb" in printed and "--validation_split" in printed
     assert (tmp_path / "README.md").read_text() == "my project"  # the file's output_dir is the current folder
     record = json.loads((tmp_path / "ibft.json").read_text())
     assert record["config"]["seed"] == 3  # a flag wins over the file's 42

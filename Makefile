@@ -6,7 +6,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 CSRC := $(shell find ibkernels/csrc -type f)
 
-.PHONY: demo test test-slow bench lint format install clean
+.PHONY: demo test test-slow bench aot lint format install clean
 
 demo: $(INSTALLED)
 	$(BIN)/ibft lab demo --output_dir runs/demo --overwrite
@@ -19,6 +19,9 @@ test-slow: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest benchmarks
+
+aot: $(INSTALLED)
+	$(BIN)/python -m ibkernels.aot
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ is an error that carries the reason.
 """
 
 import functools
+import importlib.util
 import json
 import os
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import torch
 
 OPS = ("variational_bottleneck", "encode", "linear_cross_entropy", "bottleneck_cross_entropy", "noise")
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_TRITON_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Backend(NamedTuple):
@@ -114,7 +116,7 @@ def _select(op: str, device_type: str, dtype: torch.dtype, requested: str, envir
             raise ValueError(f"{source} asks for the backend {name!r}, which cannot serve {op}: {refusal}.")
         return Selection(by_name[name], f"asked for by {source}")
     refusals: list[str] = []
-    for backend in _BACKENDS:
+    for backend in _preference(device_type):
         refusal = backend.refusal(op, device_type, dtype)
         if refusal is None:
             return Selection(backend, "; ".join(refusals) or "first choice here")
@@ -137,6 +139,24 @@ def _cpp_refusal(op: str, device_type: str, dtype: torch.dtype) -> str | None:
     return None if native.loaded else f"the native library is absent ({native.reason})"
 
 
+def _triton_refusal(op: str, device_type: str, dtype: torch.dtype) -> str | None:
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device_type not in ("cuda", "cpu") or (device_type == "cpu" and not interpreted):
+        return f"it serves GPUs, not {device_type} (but for debugging, under TRITON_INTERPRET=1)"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if dtype not in _TRITON_FLOATS:
+        return f"it takes {', '.join(str(float_) for float_ in _TRITON_FLOATS)}, not {dtype}"
+    if interpreted and dtype == torch.bfloat16:
+        return "Triton's interpreter does not round to torch.bfloat16 as a GPU does"
+    return None
+
+
+def _preference(device_type: str) -> tuple[Backend, ...]:
+    """The order in which backends are asked; on a CPU Triton runs in its interpreter, and only where asked for."""
+    return tuple(backend for backend in _BACKENDS if device_type != "cpu" or backend.name != "triton")
+
+
 def _load_reference() -> ModuleType:
     from ibkernels import reference
 
@@ -149,12 +169,19 @@ def _load_cpp() -> ModuleType:
     return native
 
 
+def _load_triton() -> ModuleType:
+    from ibkernels import gpu
+
+    return gpu
+
+
 def _accelerator() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
 
 
 # In the order of preference.
 _BACKENDS = (
+    Backend("triton", _triton_refusal, _load_triton),
     Backend("cpp", _cpp_refusal, _load_cpp),
     Backend("reference", _reference_refusal, _load_reference),
 )

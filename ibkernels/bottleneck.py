@@ -151,7 +151,7 @@ def _bottleneck(
     module = backends.implementation("variational_bottleneck", hidden, backend)
     with torch.autocast(hidden.device.type, enabled=False):
         z, kl, *saved = module.bottleneck_forward(
-            hidden, weight, lora_b, bias, rng, rows, (logvar_min, logvar_max), kl_mean
+            hidden, weight, lora_b, bias, rng, rows, (logvar_min, logvar_max), kl_mean, save
         )
     if not save:
         saved = [hidden.new_empty(0), hidden.new_empty(0, dtype=kl.dtype)]

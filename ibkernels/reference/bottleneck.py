@@ -19,8 +19,12 @@ def bottleneck_forward(
     rows: Tensor | None,  # int64 [N]; None: 0..N-1
     logvar_range: tuple[float, float],
     kl_mean: bool,
+    save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """z [N, K] in hidden's dtype, kl [N] float32, and what backward needs: (mu, raw logvar), with LoRA (t, empty)."""
+    """z [N, K] in hidden's dtype, kl [N] float32, and what backward needs: (mu, raw logvar), with LoRA (t, empty).
+
+    Backends may leave the last two empty without `save`; this one has them anyway.
+    """
     raw, t = _project(hidden, weight, lora_b, bias)
     mu, raw_logvar = raw.chunk(2, dim=1)  # [N, K] each
     logvar = raw_logvar.clamp(*logvar_range)

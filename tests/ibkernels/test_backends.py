@@ -69,7 +69,35 @@ def test_the_native_library_is_there_where_it_must_be():
 
 
 def test_other_devices_are_told_apart():
-    assert backends.select("noise", "cuda", torch.float32).reason == "cpp: it serves the CPU, not cuda"
+    reason = backends.select("noise", "mps", torch.float32).reason
+    assert reason.startswith("triton: it serves GPUs, not mps") and "cpp: it serves the CPU, not mps" in reason
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("op", backends.OPS)
+def test_triton_is_the_first_choice_on_a_gpu(op, dtype, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert backends.select(op, "cuda", dtype) == (backends._BACKENDS[0], "first choice here")
+    assert backends.select(op, "cuda", torch.float64).backend.name == "reference"
+
+
+def test_on_a_cpu_triton_is_interpreted_and_only_where_asked_for(monkeypatch):
+    assert backends.select("encode", "cpu", torch.float32).backend.name == "reference"
+    assert backends.select("encode", "cpu", torch.float32, "triton").backend.name == "triton"
+    with pytest.raises(ValueError, match="does not round to"):
+        backends.select("encode", "cpu", torch.bfloat16, "triton")
+    monkeypatch.delenv("TRITON_INTERPRET")
+    backends._select.cache_clear()
+    with pytest.raises(ValueError, match="it serves GPUs, not cpu"):
+        backends.select("encode", "cpu", torch.float32, "triton")
+    backends._select.cache_clear()
+
+
+def test_without_triton_a_gpu_gets_the_reference(monkeypatch):
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
+    choice = backends.select("encode", "cuda", torch.float16, "")
+    backends._select.cache_clear()
+    assert choice.backend.name == "reference" and "triton: triton is not installed" in choice.reason
 
 
 def test_a_dtype_that_nothing_serves_is_an_error_with_every_reason():
@@ -108,7 +136,7 @@ def test_the_argument_wins_over_the_environment(monkeypatch):
     ("name", "message"),
     [
         ("cpp", "the backend 'cpp', which cannot serve {op}: it has no kernel for this op in this version"),
-        ("turbo", "names the backend 'turbo'; there are: cpp, reference"),
+        ("turbo", "names the backend 'turbo'; there are: triton, cpp, reference"),
     ],
 )
 def test_an_impossible_choice_is_an_error_with_the_reason(monkeypatch, through_environment, name, message):

@@ -102,13 +102,22 @@ def eager_encode(inputs: dict[str, Tensor], logvar_range=(-4.0, 4.0)) -> tuple[T
     return mu, raw_logvar.clamp(*logvar_range)
 
 
-def eager(inputs, rng=RNG, rows=None, logvar_range=(-4.0, 4.0), kl_reduction="mean", **_) -> tuple[Tensor, Tensor]:
-    """Design formulas in the dtype of `inputs`, one operation after the other."""
+def eager(
+    inputs, rng=RNG, rows=None, logvar_range=(-4.0, 4.0), kl_reduction="mean", backend="reference", **_
+) -> tuple[Tensor, Tensor]:
+    """Design formulas in the dtype of `inputs`, one operation after the other.
+
+    The noise is that of `backend`: test_noise.py holds it to the stream within 1e-6, which here would drown the rest.
+    """
     mu, logvar = eager_encode(inputs, logvar_range)
     z = mu
     if rng is not None:
         ids = torch.arange(mu[..., 0].numel()) if rows is None else rows.reshape(-1)
-        eps = reference.noise(rng, ids, mu.shape[-1], torch.float64).view(mu.shape).to(mu.dtype)
+        if backend == "reference":
+            eps = reference.noise(rng, ids, mu.shape[-1], torch.float64)
+        else:
+            eps = ibkernels.noise(rng, ids, mu.shape[-1], backend=backend)
+        eps = eps.view(mu.shape).to(mu.dtype)
         z = mu + torch.exp(logvar / 2) * eps
     kl = 0.5 * (mu**2 + torch.exp(logvar) - 1 - logvar)
     return z, getattr(kl, kl_reduction)(dim=-1)
@@ -160,9 +169,11 @@ def test_outputs_and_gradients_equal_autograd_of_the_formulas(target, encoder, c
     expected = []
     for dtype in (target.dtype, torch.float64):
         copies = leaves(inputs, dtype)
-        z, kl = eager(copies, rng, rows, **settings)
+        z, kl = eager(copies, rng, rows, **settings, backend=target.backend)
         expected.append(with_gradients({"z": z, "kl": kl}, copies, options.get("upstream")))
-    assert_accurate(results, *expected, target.dtype)
+    # logvar's weights of the first feature are +-8 and cancel; with one row no larger error of torch's hides ours.
+    largest_term = 8 * expected[1]["gradient of bias"].abs().max().item() if shape == () else 0.0
+    assert_accurate(results, *expected, target.dtype, largest_term)
 
 
 def test_the_clamp_acts_on_both_sides_of_every_case():
@@ -180,7 +191,9 @@ def test_the_gradient_of_logvar_lives_on_the_bound_and_dies_beyond(target):
     _, kl = ibkernels.variational_bottleneck(hidden, weight, kl_reduction="sum", backend=target.backend)
     kl.backward()
     expected = torch.where(raw.abs() <= 4, (raw.exp() - 1) / 2, 0)
-    torch.testing.assert_close(weight.grad[5:, 0], expected, rtol=1e-5, atol=0)
+    # A backend may round the gradient of logvar to the compute dtype once, for its matrix products.
+    rounding = max(1e-5, torch.finfo(target.dtype).eps / 2)
+    torch.testing.assert_close(weight.grad[5:, 0], expected, rtol=rounding, atol=0)
     clamped = raw.clamp(-4, 4)
     torch.testing.assert_close(kl.float(), (0.5 * (clamped.exp() - 1 - clamped)).sum()[None], rtol=1e-6, atol=0)
 

@@ -165,7 +165,9 @@ def test_loss_and_gradients_equal_autograd_over_the_logits(target, head, case, a
     for dtype in (target.dtype, torch.float64):
         copies = leaves(inputs, dtype)
         expected.append(gradients_of(eager(copies, labels, **options), copies))
-    assert_accurate(results, *expected, target.dtype)
+    # With one word all results are zero, and a backend may sum the target's logit apart from the others.
+    largest_term = eager_logits(leaves(inputs, torch.float64)).abs().max().item() if case == "one-word" else 0.0
+    assert_accurate(results, *expected, target.dtype, largest_term)
     if case.startswith(("all-ignored", "no-tokens", "num-items-0")):
         assert all((tensor == 0).all() for tensor in results.values())
     again = gradients_of(loss, own)  # the graph was retained
@@ -317,8 +319,10 @@ def test_strided_arguments(target, head):
     own = {name: strided(tensor).requires_grad_() for name, tensor in inputs.items()}
     options["token_weight"] = strided(options["token_weight"])
     results = gradients_of(ours(head, own, strided(labels), backend=target.backend, **options), own)
+    # In half precision a product summed in another order may round an element of M the other way.
+    atol = 2e-6 if target.dtype.itemsize > 2 else 1e-5
     for name, tensor in results.items():
-        torch.testing.assert_close(tensor, expected[name], rtol=2 * torch.finfo(tensor.dtype).eps, atol=2e-6)
+        torch.testing.assert_close(tensor, expected[name], rtol=2 * torch.finfo(tensor.dtype).eps, atol=atol)
 
 
 @each_head

@@ -68,6 +68,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference.cross_entropy, "_VOCABULARY_BLOCK", 512)
 
 
+@pytest.mark.large
 @each_head
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_neither_logits_nor_a_frozen_heads_gradient_is_allocated(target, head, reduction, labels):
@@ -85,6 +86,7 @@ def test_neither_logits_nor_a_frozen_heads_gradient_is_allocated(target, head, r
     assert inputs["head_weight"].grad is None
 
 
+@pytest.mark.large
 @each_head
 def test_a_trained_heads_gradient_is_allocated_once_in_forward(target, head, labels):
     """So the two tests around this one measure what they mean to."""
@@ -94,6 +96,7 @@ def test_a_trained_heads_gradient_is_allocated_once_in_forward(target, head, lab
     assert sum(size >= gradient for size in sizes) == 1
 
 
+@pytest.mark.large
 @each_head
 def test_evaluation_allocates_no_gradients(target, head, labels):
     inputs = make_inputs(head, target.dtype, trained=("head_weight",))
@@ -103,6 +106,7 @@ def test_evaluation_allocates_no_gradients(target, head, labels):
     assert max(sizes) < V * H * wide
 
 
+@pytest.mark.large
 @each_head
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_what_is_saved_for_backward(target, head, reduction, labels):
@@ -233,8 +237,17 @@ def test_errors_of_the_bottleneck_head_name_the_argument(changed, error, message
 
 
 @pytest.mark.parametrize("label", [9, -1])
-def test_a_label_outside_the_vocabulary_is_an_error(target, label):
-    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
-        ibkernels.linear_cross_entropy(
-            LINEAR["input"].to(target.dtype), LINEAR["weight"], torch.full((4,), label), backend=target.backend
+def test_a_label_outside_the_vocabulary_is_an_error_or_no_number(target, label):
+    """A GPU cannot raise without making the host wait."""
+
+    def loss() -> Tensor:
+        labels = torch.full((4,), label)
+        return ibkernels.linear_cross_entropy(
+            LINEAR["input"].to(target.dtype), LINEAR["weight"], labels, backend=target.backend
         )
+
+    if target.backend == "triton":
+        assert loss().isnan()
+        return
+    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+        loss()

@@ -1,0 +1,300 @@
+"""`python -m ibkernels.aot`: compiles every shipped Triton configuration for named GPUs, without one, and reports.
+
+    python -m ibkernels.aot --arch sm_80 sm_90 sm_100 gfx942 [--canonical] [--json report.json]
+
+Registers, spilled bytes, shared memory and matrix instructions are facts of the compiled kernel; nothing is timed.
+Exits with 1 when a shipped configuration spills (more than 32 bytes, or anything in a loop), needs more shared memory
+than the chip has, or multiplies half-precision matrices without the chip's own matrix instructions.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+# Compiled code is what is wanted here, whatever the environment says of interpreting it.
+os.environ.pop("TRITON_INTERPRET", None)
+
+
+class Chip(NamedTuple):
+    """What a target compiles for, its shared memory a program, and its matrix instruction in the assembly."""
+
+    backend: str
+    arch: int | str
+    warp_size: int
+    shared_bytes: int
+    matrix: str
+
+
+# Shared memory: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability" (the opt-in maximum of a
+# thread block); 64 KiB of LDS on CDNA 3.
+CHIPS = {
+    "sm_80": Chip("cuda", 80, 32, 163 * 1024, "mma.sync"),
+    "sm_90": Chip("cuda", 90, 32, 227 * 1024, "wgmma.mma_async"),
+    "sm_100": Chip("cuda", 100, 32, 227 * 1024, "tcgen05.mma"),
+    "gfx942": Chip("hip", "gfx942", 64, 64 * 1024, "v_mfma"),
+}
+SPILL_LIMIT = 32  # bytes, outside of every loop
+
+
+class Kernel(NamedTuple):
+    """How a kernel is compiled: its module, its arguments' types ("T": the compute dtype), and what is constant."""
+
+    module: str
+    name: str
+    types: dict[str, str]
+    flags: dict[str, Any]
+    widths: tuple[int, ...]  # of K or D, one for every row of the table of configurations
+    multiplies: bool = True
+    float32: str = "ieee"  # precision of its float32 products
+
+
+_BOTTLENECK = {"rng": "*i64", "rows": "*i64", "logvar_min": "fp32", "logvar_max": "fp32"}
+_SIZES = dict.fromkeys(("N", "H", "K", "R", "V", "D", "stride_n", "rows_per_split", "columns_per_split"), "i32")
+_NOISE = {"SAMPLE": True, "HAS_ROWS": True}
+_BACKWARD = {"HAS_Z": True, "HAS_KL": True, **_NOISE}
+_LORA_BACKWARD = {
+    **{"grad_z": "*T", "grad_kl": "*fp32", "t": "*T", "lora_b": "*T", "bias": "*fp32", "kl_scale": "fp32"},
+    **{**_BOTTLENECK, **_SIZES},
+}
+_HEAD = {
+    **{"x": "*T", "weight": "*T", "bias": "*fp32", "labels": "*i64", "upstream": "*fp32", "losses": "*fp32"},
+    **dict.fromkeys(("peak", "total", "pull", "lse", "peaks", "factors", "entropy"), "*fp32"),
+    **{"correct": "*i1", "ignore_index": "i32", "S": "i32"},
+    **dict.fromkeys(("label_smoothing", "z_loss", "softcap", "logit_scale"), "fp32"),
+    **_SIZES,
+}
+_PLAIN_HEAD = {"HAS_BIAS": True, "SOFTCAP": False}
+_WITH_GRADIENT = {**_PLAIN_HEAD, "SMOOTH": False, "STATS": False, "PULL": True}
+
+KERNELS = {
+    "bottleneck_linear_fwd": Kernel(
+        "bottleneck_linear",
+        "bottleneck_linear_fwd_kernel",
+        {"hidden": "*T", "weight": "*T", "bias": "*fp32", "z": "*T", "mu": "*T", "raw_logvar": "*fp32", "kl": "*fp32"}
+        | _BOTTLENECK
+        | _SIZES,
+        {"HAS_BIAS": True, **_NOISE, "SAVE": True, "EVEN_H": True},
+        (64, 256),
+    ),
+    "bottleneck_linear_bwd": Kernel(
+        "bottleneck_linear",
+        "bottleneck_linear_bwd_kernel",
+        {"grad_z": "*T", "grad_kl": "*fp32", "mu": "*T", "raw_logvar": "*fp32", "grad": "*T", "kl_scale": "fp32"}
+        | _BOTTLENECK
+        | _SIZES,
+        _BACKWARD,
+        (256,),
+        multiplies=False,
+    ),
+    "bottleneck_lora_fwd": Kernel(
+        "bottleneck_lora",
+        "bottleneck_lora_fwd_kernel",
+        {"hidden": "*T", "lora_a": "*T", "lora_b": "*T", "bias": "*fp32", "z": "*T", "t": "*T", "kl": "*fp32"}
+        | _BOTTLENECK
+        | _SIZES,
+        {"HAS_BIAS": True, **_NOISE, "SAVE": True, "EVEN_H": True},
+        (256,),
+    ),
+    "bottleneck_lora_bwd_t": Kernel(
+        "bottleneck_lora",
+        "bottleneck_lora_bwd_t_kernel",
+        {**_LORA_BACKWARD, "grad_t": "*T"},
+        {"HAS_BIAS": True, **_BACKWARD},
+        (256,),
+    ),
+    "bottleneck_lora_bwd_b": Kernel(
+        "bottleneck_lora",
+        "bottleneck_lora_bwd_b_kernel",
+        {**_LORA_BACKWARD, "grad_b": "*fp32", "grad_bias": "*fp32"},
+        {"HAS_BIAS": True, **_BACKWARD},
+        (256,),
+    ),
+    "cross_entropy_fwd": Kernel(
+        "cross_entropy", "cross_entropy_fwd_kernel", _HEAD, _WITH_GRADIENT, (64, 128, 256, 512), float32="tf32"
+    ),
+    "cross_entropy_finish": Kernel(
+        "cross_entropy",
+        "cross_entropy_finish_kernel",
+        {**_HEAD, "grad_x": "*T"},
+        _WITH_GRADIENT,
+        (256, 512),
+        multiplies=False,
+    ),
+    "cross_entropy_bwd_weight": Kernel(
+        "cross_entropy",
+        "cross_entropy_bwd_weight_kernel",
+        {**_HEAD, "grad_weight": "*fp32", "grad_bias": "*fp32"},
+        {**_PLAIN_HEAD, "NEEDS_BIAS": True},
+        (64, 128, 256, 512),
+        float32="tf32",
+    ),
+    "softmax_grad": Kernel(
+        "wide_cross_entropy",
+        "softmax_grad_kernel",
+        {**_HEAD, "logits": "*fp32", "grad": "*T"},
+        {"HAS_BIAS": False, "SOFTCAP": False, "SMOOTH": False, "STATS": False, "GRAD": True},
+        (4096,),
+        multiplies=False,
+    ),
+}
+DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
+_CANONICAL = {"bottleneck_linear_fwd": 256, "cross_entropy_fwd": 256, "cross_entropy_bwd_weight": 256}
+
+
+class Job(NamedTuple):
+    """One compilation."""
+
+    kernel: str
+    arch: str
+    dtype: str
+    width: int
+
+
+def jobs(archs: Sequence[str], canonical: bool) -> list[Job]:
+    """Every shipped configuration for the chips; `canonical`: one shape of each kernel, in bfloat16."""
+    found = []
+    for arch in archs:
+        for name, kernel in KERNELS.items():
+            for dtype in ("bf16",) if canonical else DTYPES:
+                widths = (_CANONICAL.get(name, kernel.widths[0]),) if canonical else kernel.widths
+                found += [Job(name, arch, dtype, width) for width in widths]
+    return found
+
+
+def compile_job(job: Job) -> dict[str, Any]:
+    """Compiles one configuration; a row of the report. `faults` lists what must not ship."""
+    import importlib
+
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from ibkernels.gpu import configs
+
+    kernel, chip = KERNELS[job.kernel], CHIPS[job.arch]
+    function = getattr(importlib.import_module(f"ibkernels.gpu.{kernel.module}"), kernel.name)
+    config = configs.lookup(job.kernel, DTYPES[job.dtype], job.width, job.arch)
+    constants: dict[str, Any] = {
+        **kernel.flags,
+        **config.blocks,
+        "PRECISION": kernel.float32,
+    }
+    constants |= {"BD": max(16, triton.next_power_of_2(job.width)), "BR": 32}
+    names = [parameter.name for parameter in function.params]
+    signature = {
+        name: kernel.types[name].replace("T", job.dtype) if name in kernel.types else "constexpr" for name in names
+    }
+    # An argument that neither a type nor a flag names is one that this combination of flags does not have.
+    constants = {name: constants.get(name) for name in names if signature[name] == "constexpr"}
+    aligned = [i for i, name in enumerate(names) if signature[name].startswith("*") or signature[name] == "i32"]
+    source = ASTSource(
+        fn=function,
+        signature=signature,
+        constexprs=constants,
+        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+    )
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    row: dict[str, Any] = {**job._asdict(), "config": config.launch}
+    try:
+        compiled = triton.compile(source, GPUTarget(chip.backend, chip.arch, chip.warp_size), options)
+    except Exception as error:  # of many kinds: the compiler's, the assembler's, out of resources
+        return {**row, "faults": [f"does not compile: {' '.join(str(error).split())[:200]}"]}
+    assembly = compiled.asm["ptx" if chip.backend == "cuda" else "amdgcn"]
+    resources = _cuda_resources(compiled.asm["cubin"]) if chip.backend == "cuda" else _hip_resources(assembly)
+    row |= {**resources, "shared_bytes": compiled.metadata.shared, "mma": assembly.count(chip.matrix)}
+    return {**row, "faults": _faults(row, chip, kernel.multiplies)}
+
+
+def _faults(row: dict[str, Any], chip: Chip, multiplies: bool) -> list[str]:
+    faults = []
+    if row["spill_bytes"] > SPILL_LIMIT or row["spills_in_loops"]:
+        faults.append(f"spills {row['spill_bytes']} bytes, {row['spills_in_loops']} accesses of them in loops")
+    if row["shared_bytes"] > chip.shared_bytes:
+        faults.append(f"needs {row['shared_bytes']} bytes of shared memory of {chip.shared_bytes}")
+    if multiplies and row["dtype"] != "fp32" and not row["mma"]:
+        faults.append(f"has no {chip.matrix}")
+    return faults
+
+
+def _cuda_resources(cubin: bytes) -> dict[str, int]:
+    """By the tools that triton ships: registers, bytes of local memory, and accesses to them inside loops."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [tools / "cuobjdump", "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+        assert found is not None, usage
+        registers, stack, local = map(int, found.groups())
+        in_loops = 0
+        if stack + local:
+            sass = subprocess.run([tools / "nvdisasm", file.name], capture_output=True, text=True, check=True).stdout
+            in_loops = _local_accesses_in_loops(sass)
+    return {"registers": registers, "spill_bytes": stack + local, "spills_in_loops": in_loops}
+
+
+def _local_accesses_in_loops(sass: str) -> int:
+    """Loads and stores of local memory between a label and a later branch back to it."""
+    labels: dict[str, int] = {}
+    accesses: list[int] = []
+    loops: list[tuple[int, int]] = []
+    for number, line in enumerate(sass.splitlines()):
+        if label := re.match(r"\s*(\.L_x_\w+):", line):
+            labels[label[1]] = number
+        elif re.search(r"\b(LDL|STL)\b", line):
+            accesses.append(number)
+        elif (branch := re.search(r"\bBRA\b.*?`\((\.L_x_\w+)\)", line)) and branch[1] in labels:
+            loops.append((labels[branch[1]], number))
+    # The compiler ends a kernel with a branch to itself, which encloses nothing.
+    return sum(any(start <= access <= end for start, end in loops) for access in accesses)
+
+
+def _hip_resources(assembly: str) -> dict[str, int]:
+    def metadata(name: str) -> int:
+        found = re.search(rf"\.{name}:\s*(\d+)", assembly)
+        return int(found[1]) if found else 0
+
+    spilled = 4 * metadata("vgpr_spill_count")  # a lane's; where they are, the metadata does not say
+    return {"registers": metadata("vgpr_count"), "spill_bytes": spilled, "spills_in_loops": 0}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the table; 1 if a configuration must not ship."""
+    parser = argparse.ArgumentParser(prog="python -m ibkernels.aot", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--arch", nargs="+", default=list(CHIPS), choices=list(CHIPS), metavar="ARCH")
+    parser.add_argument("--canonical", action="store_true", help="one shape of each kernel, in bfloat16")
+    parser.add_argument("--json", metavar="FILE", help="write the rows there too")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), metavar="N")
+    arguments = parser.parse_args(argv)
+    with ProcessPoolExecutor(arguments.processes) as pool:
+        rows = list(pool.map(compile_job, jobs(arguments.arch, arguments.canonical)))
+    print(f"{'kernel':26}{'arch':8}{'dtype':6}{'width':>6}{'regs':>6}{'spill':>6}{'shared':>8}{'mma':>5}  config")
+    for row in rows:
+        config = " ".join(f"{name}={value}" for name, value in row["config"].items())
+        numbers = [row.get(name, "-") for name in ("registers", "spill_bytes", "shared_bytes", "mma")]
+        print(
+            f"{row['kernel']:26}{row['arch']:8}{row['dtype']:6}{row['width']:6}"
+            f"{numbers[0]:>6}{numbers[1]:>6}{numbers[2]:>8}{numbers[3]:>5}  {config}"
+        )
+        for fault in row["faults"]:
+            print(f"    fault: {fault}")
+    faulty = sum(bool(row["faults"]) for row in rows)
+    print(f"{len(rows)} configurations, {faulty} of them with faults")
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(rows, indent=1) + "\n")
+    return 1 if faulty else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,379 @@
+"""The bottleneck with a LoRA encoder: one pass over the hidden states, everything else on chip.
+
+t = hidden A^T                       2·N·H·R FLOPs, N·H elements read once: bound by memory
+[mu | logvar] = t B^T + bias         2·N·2K·R FLOPs, from t in registers
+backward                             B's chain from t alone (saved, N·R elements), the noise drawn again;
+                                     then dt A and dt^T hidden as library GEMMs: hidden read once, its gradient
+                                     written once
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ibkernels.gpu import configs
+from ibkernels.gpu.launch import dot_precision, mm_float32
+from ibkernels.gpu.philox import load_rng, normals, row_ids
+
+
+@triton.jit
+def _encode_tile(
+    b_t, lora_b, bias, first, K, R, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr
+):
+    """mu and raw logvar [BM, BK] of columns first .. first + BK - 1, and the two tiles of B they came from [BR, BK]."""
+    o_k = first + tl.arange(0, BK)
+    o_r = tl.arange(0, BR)
+    in_k = o_k < K
+    mask = (o_r < R)[:, None] & in_k[None, :]
+    p_mu = lora_b + o_k[None, :] * R + o_r[:, None]
+    b_mu_weight = tl.load(p_mu, mask=mask, other=0.0)
+    b_logvar_weight = tl.load(p_mu + K * R, mask=mask, other=0.0)
+    b_mu = tl.dot(b_t, b_mu_weight, input_precision=PRECISION)
+    b_raw = tl.dot(b_t, b_logvar_weight, input_precision=PRECISION)
+    if HAS_BIAS:
+        b_mu += tl.load(bias + o_k, mask=in_k, other=0.0)[None, :]
+        b_raw += tl.load(bias + K + o_k, mask=in_k, other=0.0)[None, :]
+    return b_mu, b_raw, b_mu_weight, b_logvar_weight
+
+
+@triton.jit
+def _grad_tile(
+    b_mu,
+    b_raw,
+    grad_z,
+    b_grad_kl,
+    b_row,
+    rng,
+    o_n,
+    first,
+    N,
+    K,
+    logvar_min,
+    logvar_max,
+    HAS_Z: tl.constexpr,
+    HAS_KL: tl.constexpr,
+    SAMPLE: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """Gradients of mu and raw logvar [BM, BK]; b_grad_kl [BM] is that of the sum over K."""
+    o_k = first + tl.arange(0, BK)
+    mask = (o_n < N)[:, None] & (o_k < K)[None, :]
+    b_logvar = tl.minimum(tl.maximum(b_raw, logvar_min), logvar_max)
+    std = tl.exp(0.5 * b_logvar)
+    b_grad_mu = tl.zeros((BM, BK), tl.float32)
+    b_grad_logvar = tl.zeros((BM, BK), tl.float32)
+    if HAS_KL:
+        b_grad_mu += b_grad_kl[:, None] * b_mu
+        b_grad_logvar += 0.5 * b_grad_kl[:, None] * (tl.exp(b_logvar) - 1.0)
+    if HAS_Z:
+        b_grad_z = tl.load(grad_z + o_n.to(tl.int64)[:, None] * K + o_k[None, :], mask=mask, other=0.0).to(tl.float32)
+        b_grad_mu += b_grad_z
+        if SAMPLE:
+            key, low, high = load_rng(rng)
+            b_grad_logvar += 0.5 * std * b_grad_z * normals(b_row, first, key, low, high, BK)
+    inside = mask & (b_raw >= logvar_min) & (b_raw <= logvar_max)
+    return tl.where(mask, b_grad_mu, 0.0), tl.where(inside, b_grad_logvar, 0.0)
+
+
+@triton.jit
+def bottleneck_lora_fwd_kernel(
+    hidden,  # [N, H], rows stride_n apart
+    lora_a,  # [R, H]
+    lora_b,  # [2K, R]
+    bias,  # [2K] float32
+    rng,
+    rows,
+    z,  # [N, K]
+    t,  # [N, R], saved
+    kl,  # [N] float32
+    N,
+    H,
+    K,
+    R,
+    stride_n,
+    logvar_min,
+    logvar_max,
+    HAS_BIAS: tl.constexpr,
+    SAMPLE: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
+    SAVE: tl.constexpr,
+    EVEN_H: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    BH: tl.constexpr,
+    BR: tl.constexpr,
+):
+    o_n = tl.program_id(0) * BM + tl.arange(0, BM)
+    o_h = tl.arange(0, BH)
+    o_r = tl.arange(0, BR)
+    in_n, in_r = o_n < N, o_r < R
+    p_hidden = hidden + o_n.to(tl.int64)[:, None] * stride_n + o_h[None, :]
+    p_a = lora_a + o_r.to(tl.int64)[None, :] * H + o_h[:, None]
+    acc = tl.zeros((BM, BR), tl.float32)
+    for h in range(0, H, BH):
+        if EVEN_H:
+            b_hidden = tl.load(p_hidden + h, mask=in_n[:, None], other=0.0)
+            b_a = tl.load(p_a + h, mask=in_r[None, :], other=0.0)
+        else:
+            in_h = h + o_h < H
+            b_hidden = tl.load(p_hidden + h, mask=in_n[:, None] & in_h[None, :], other=0.0)
+            b_a = tl.load(p_a + h, mask=in_r[None, :] & in_h[:, None], other=0.0)
+        acc = tl.dot(b_hidden, b_a, acc, input_precision=PRECISION)
+    b_t = acc.to(lora_b.dtype.element_ty)  # rounded here as everywhere, so that backward sees the same
+    if SAVE:
+        tl.store(t + o_n.to(tl.int64)[:, None] * R + o_r[None, :], b_t, mask=in_n[:, None] & in_r[None, :])
+    if SAMPLE:
+        key, low, high = load_rng(rng)
+        b_row = row_ids(rows, o_n, in_n, HAS_ROWS)[:, None]
+    b_kl = tl.zeros((BM,), tl.float32)
+    for first in range(0, K, BK):
+        b_mu, b_raw, _, _ = _encode_tile(b_t, lora_b, bias, first, K, R, HAS_BIAS, PRECISION, BK, BR)
+        b_logvar = tl.minimum(tl.maximum(b_raw, logvar_min), logvar_max)
+        std = tl.exp(0.5 * b_logvar)
+        o_k = first + tl.arange(0, BK)
+        in_k = (o_k < K)[None, :]
+        b_kl += tl.sum(tl.where(in_k, b_mu * b_mu + (tl.exp(b_logvar) - 1.0 - b_logvar), 0.0), 1)
+        b_z = b_mu
+        if SAMPLE:
+            b_z += std * normals(b_row, first, key, low, high, BK)
+        tl.store(
+            z + o_n.to(tl.int64)[:, None] * K + o_k[None, :], b_z.to(z.dtype.element_ty), mask=in_n[:, None] & in_k
+        )
+    tl.store(kl + o_n, 0.5 * b_kl, mask=in_n)
+
+
+@triton.jit
+def bottleneck_lora_bwd_t_kernel(
+    grad_z,
+    grad_kl,
+    t,
+    lora_b,
+    bias,
+    rng,
+    rows,
+    grad_t,  # [N, R]
+    N,
+    K,
+    R,
+    kl_scale,
+    logvar_min,
+    logvar_max,
+    HAS_BIAS: tl.constexpr,
+    HAS_Z: tl.constexpr,
+    HAS_KL: tl.constexpr,
+    SAMPLE: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    BR: tl.constexpr,
+):
+    """grad_t = [grad_mu | grad_logvar] B, a block of rows at a time; N·K reads of grad_z: bound by memory."""
+    o_n = tl.program_id(0) * BM + tl.arange(0, BM)
+    o_r = tl.arange(0, BR)
+    in_n = o_n < N
+    mask = in_n[:, None] & (o_r < R)[None, :]
+    b_t = tl.load(t + o_n.to(tl.int64)[:, None] * R + o_r[None, :], mask=mask, other=0.0)
+    b_row = row_ids(rows, o_n, in_n, HAS_ROWS)[:, None]
+    b_grad_kl = tl.zeros((BM,), tl.float32)
+    if HAS_KL:
+        b_grad_kl = tl.load(grad_kl + o_n, mask=in_n, other=0.0).to(tl.float32) * kl_scale
+    acc = tl.zeros((BM, BR), tl.float32)
+    for first in range(0, K, BK):
+        b_mu, b_raw, b_mu_weight, b_logvar_weight = _encode_tile(
+            b_t, lora_b, bias, first, K, R, HAS_BIAS, PRECISION, BK, BR
+        )
+        b_grad_mu, b_grad_logvar = _grad_tile(
+            b_mu, b_raw, grad_z, b_grad_kl, b_row, rng, o_n, first, N, K, logvar_min, logvar_max,
+            HAS_Z, HAS_KL, SAMPLE, BM, BK,
+        )  # fmt: skip
+        acc = tl.dot(b_grad_mu.to(b_t.dtype), tl.trans(b_mu_weight), acc, input_precision=PRECISION)
+        acc = tl.dot(b_grad_logvar.to(b_t.dtype), tl.trans(b_logvar_weight), acc, input_precision=PRECISION)
+    tl.store(grad_t + o_n.to(tl.int64)[:, None] * R + o_r[None, :], acc.to(grad_t.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def bottleneck_lora_bwd_b_kernel(
+    grad_z,
+    grad_kl,
+    t,
+    lora_b,
+    bias,
+    rng,
+    rows,
+    grad_b,  # [SPLITS, 2K, R] float32
+    grad_bias,  # [SPLITS, 2K] float32
+    N,
+    K,
+    R,
+    rows_per_split,
+    kl_scale,
+    logvar_min,
+    logvar_max,
+    HAS_BIAS: tl.constexpr,
+    HAS_Z: tl.constexpr,
+    HAS_KL: tl.constexpr,
+    SAMPLE: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    BR: tl.constexpr,
+):
+    """grad_b = [grad_mu | grad_logvar]^T t for a tile of columns, over a share of the rows: summed later, in order."""
+    first = tl.program_id(0) * BK
+    split = tl.program_id(1)
+    o_k = first + tl.arange(0, BK)
+    o_r = tl.arange(0, BR)
+    acc_mu = tl.zeros((BK, BR), tl.float32)
+    acc_logvar = tl.zeros((BK, BR), tl.float32)
+    sum_mu = tl.zeros((BK,), tl.float32)
+    sum_logvar = tl.zeros((BK,), tl.float32)
+    for start in range(split * rows_per_split, tl.minimum(N, (split + 1) * rows_per_split), BM):
+        o_n = start + tl.arange(0, BM)
+        in_n = o_n < N
+        b_t = tl.load(
+            t + o_n.to(tl.int64)[:, None] * R + o_r[None, :], mask=in_n[:, None] & (o_r < R)[None, :], other=0.0
+        )
+        b_row = row_ids(rows, o_n, in_n, HAS_ROWS)[:, None]
+        b_grad_kl = tl.zeros((BM,), tl.float32)
+        if HAS_KL:
+            b_grad_kl = tl.load(grad_kl + o_n, mask=in_n, other=0.0).to(tl.float32) * kl_scale
+        b_mu, b_raw, _, _ = _encode_tile(b_t, lora_b, bias, first, K, R, HAS_BIAS, PRECISION, BK, BR)
+        b_grad_mu, b_grad_logvar = _grad_tile(
+            b_mu, b_raw, grad_z, b_grad_kl, b_row, rng, o_n, first, N, K, logvar_min, logvar_max,
+            HAS_Z, HAS_KL, SAMPLE, BM, BK,
+        )  # fmt: skip
+        acc_mu = tl.dot(tl.trans(b_grad_mu.to(b_t.dtype)), b_t, acc_mu, input_precision=PRECISION)
+        acc_logvar = tl.dot(tl.trans(b_grad_logvar.to(b_t.dtype)), b_t, acc_logvar, input_precision=PRECISION)
+        sum_mu += tl.sum(b_grad_mu, 0)
+        sum_logvar += tl.sum(b_grad_logvar, 0)
+    in_k = o_k < K
+    mask = in_k[:, None] & (o_r < R)[None, :]
+    p_b = grad_b + (split * 2 * K + o_k)[:, None] * R + o_r[None, :]
+    tl.store(p_b, acc_mu, mask=mask)
+    tl.store(p_b + K * R, acc_logvar, mask=mask)
+    p_bias = grad_bias + split * 2 * K + o_k
+    tl.store(p_bias, sum_mu, mask=in_k)
+    tl.store(p_bias + K, sum_logvar, mask=in_k)
+
+
+def forward(
+    hidden: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None,
+    rng: Tensor | None,
+    rows: Tensor | None,
+    logvar_range: tuple[float, float],
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """z [N, K], kl [N] summed over K, and t [N, R] (empty unless `save`). hidden's last stride is 1."""
+    num_tokens, rank, width = hidden.shape[0], lora_a.shape[0], lora_b.shape[0] // 2
+    config = configs.choose("bottleneck_lora_fwd", hidden, width)
+    z = hidden.new_empty(num_tokens, width)
+    kl = hidden.new_empty(num_tokens, dtype=torch.float32)
+    t = hidden.new_empty((num_tokens, rank) if save else (0,))
+    if num_tokens:
+        bottleneck_lora_fwd_kernel[(triton.cdiv(num_tokens, config.blocks["BM"]),)](
+            hidden,
+            lora_a.to(hidden.dtype).contiguous(),
+            lora_b.to(hidden.dtype).contiguous(),
+            bias if bias is None else bias.float(),
+            rng,
+            rows,
+            z,
+            t,
+            kl,
+            num_tokens,
+            hidden.shape[1],
+            width,
+            rank,
+            hidden.stride(0),
+            *logvar_range,
+            HAS_BIAS=bias is not None,
+            SAMPLE=rng is not None,
+            HAS_ROWS=rows is not None,
+            SAVE=save,
+            EVEN_H=hidden.shape[1] % config.blocks["BH"] == 0,
+            PRECISION=dot_precision(hidden.dtype),
+            BR=rank_block(rank),
+            **config.launch,
+        )
+    return z, kl, t
+
+
+def backward(
+    grad_z: Tensor | None,
+    grad_kl: Tensor | None,
+    hidden: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None,
+    rng: Tensor | None,
+    rows: Tensor | None,
+    t: Tensor,
+    logvar_range: tuple[float, float],
+    kl_scale: float,
+    needs: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of (hidden, lora_a, lora_b, bias), None where not needed; of the parameters in float32."""
+    num_tokens, rank, width = t.shape[0], lora_a.shape[0], lora_b.shape[0] // 2
+    arguments = (
+        grad_z,
+        grad_kl,
+        t,
+        lora_b.to(hidden.dtype).contiguous(),
+        bias if bias is None else bias.float(),
+        rng,
+        rows,
+    )
+    flags = {
+        "HAS_BIAS": bias is not None,
+        "HAS_Z": grad_z is not None,
+        "HAS_KL": grad_kl is not None,
+        "SAMPLE": rng is not None,
+        "HAS_ROWS": rows is not None,
+        "PRECISION": dot_precision(hidden.dtype),
+        "BR": rank_block(rank),
+    }
+    grad_hidden = grad_a = grad_b = grad_bias = None
+    if needs[0] or needs[1]:
+        grad_t = hidden.new_empty(num_tokens, rank)
+        config = configs.choose("bottleneck_lora_bwd_t", hidden, width)
+        if num_tokens:
+            bottleneck_lora_bwd_t_kernel[(triton.cdiv(num_tokens, config.blocks["BM"]),)](
+                *arguments, grad_t, num_tokens, width, rank, kl_scale, *logvar_range, **flags, **config.launch
+            )
+        grad_hidden = grad_t @ lora_a.to(hidden.dtype) if needs[0] else None
+        grad_a = mm_float32(grad_t.T, hidden) if needs[1] else None
+    if needs[2] or needs[3]:
+        config = configs.choose("bottleneck_lora_bwd_b", hidden, width)
+        splits = max(1, min(64, triton.cdiv(num_tokens, 4 * config.blocks["BM"])))
+        rows_per_split = triton.cdiv(num_tokens, splits * config.blocks["BM"]) * config.blocks["BM"]
+        partial_b = hidden.new_empty((splits, 2 * width, rank), dtype=torch.float32)
+        partial_bias = hidden.new_empty((splits, 2 * width), dtype=torch.float32)
+        bottleneck_lora_bwd_b_kernel[(triton.cdiv(width, config.blocks["BK"]), splits)](
+            *arguments,
+            partial_b,
+            partial_bias,
+            num_tokens,
+            width,
+            rank,
+            rows_per_split,
+            kl_scale,
+            *logvar_range,
+            **flags,
+            **config.launch,
+        )
+        grad_b = partial_b.sum(dim=0) if needs[2] else None
+        grad_bias = partial_bias.sum(dim=0) if needs[3] and bias is not None else None
+    return grad_hidden, grad_a, grad_b, grad_bias
+
+
+def rank_block(rank: int) -> int:
+    """The block that holds a whole rank: a power of two that a matrix instruction takes."""
+    return max(16, triton.next_power_of_2(rank))

@@ -1,0 +1,123 @@
+"""Launch configurations: one table of shipped ones, per kernel, element size and chip; a search only if asked for.
+
+What the table names was compiled for the chips it names (`python -m ibkernels.aot` does so again): registers, spills
+and shared memory are facts. Which of several is fastest is not confirmed by any GPU yet, except where a record under
+benchmarks/results says so.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Config(NamedTuple):
+    """Block sizes, and how many warps and pipeline stages run them."""
+
+    blocks: dict[str, int]
+    num_warps: int
+    num_stages: int
+
+    @property
+    def launch(self) -> dict[str, int]:
+        """What a launch takes."""
+        return {**self.blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+def _config(num_warps: int, num_stages: int, **blocks: int) -> Config:
+    return Config(blocks, num_warps, num_stages)
+
+
+# kernel -> bytes of an element -> (widest D or K it is for, configuration by chip; "default" for the others)
+_SHIPPED: dict[str, dict[int, list[tuple[int, dict[str, Config]]]]] = {
+    "bottleneck_linear_fwd": {
+        2: [
+            (64, {"default": _config(4, 3, BM=64, BK=64, BH=64)}),
+            (4096, {"default": _config(8, 3, BM=128, BK=64, BH=64), "sm_80": _config(8, 4, BM=128, BK=64, BH=32)}),
+        ],
+        4: [(4096, {"default": _config(4, 2, BM=64, BK=32, BH=32)})],
+    },
+    "bottleneck_linear_bwd": {size: [(4096, {"default": _config(4, 2, BM=32, BK=64)})] for size in (2, 4)},
+    "bottleneck_lora_fwd": {
+        2: [(4096, {"default": _config(4, 3, BM=64, BK=32, BH=128)})],
+        4: [(4096, {"default": _config(4, 2, BM=32, BK=32, BH=32)})],
+    },
+    "bottleneck_lora_bwd_t": {size: [(4096, {"default": _config(4, 2, BM=64, BK=32)})] for size in (2, 4)},
+    "bottleneck_lora_bwd_b": {size: [(4096, {"default": _config(4, 2, BM=64, BK=32)})] for size in (2, 4)},
+    "cross_entropy_fwd": {
+        2: [
+            (128, {"default": _config(8, 2, BM=128, BV=128), "gfx942": _config(8, 1, BM=128, BV=64)}),
+            (256, {"default": _config(8, 2, BM=128, BV=64), "gfx942": _config(8, 1, BM=128, BV=32)}),
+            (
+                512,
+                {
+                    "default": _config(8, 2, BM=64, BV=32),
+                    "sm_90": _config(16, 2, BM=64, BV=32),
+                    "sm_100": _config(8, 1, BM=64, BV=64),
+                    "gfx942": _config(8, 1, BM=32, BV=16),
+                },
+            ),
+        ],
+        4: [(128, {"default": _config(8, 2, BM=64, BV=64), "gfx942": _config(8, 1, BM=64, BV=32)})],
+    },
+    "cross_entropy_finish": {
+        size: [(256, {"default": _config(4, 1, BM=16)}), (512, {"default": _config(4, 1, BM=8)})] for size in (2, 4)
+    },
+    "cross_entropy_bwd_weight": {
+        2: [
+            (128, {"default": _config(8, 2, BM=64, BV=128), "gfx942": _config(8, 1, BM=32, BV=128)}),
+            (
+                256,
+                {
+                    "default": _config(8, 2, BM=64, BV=64),
+                    "sm_90": _config(8, 2, BM=32, BV=128),
+                    "sm_100": _config(8, 2, BM=64, BV=128),
+                    "gfx942": _config(8, 1, BM=16, BV=128),
+                },
+            ),
+            (512, {"default": _config(8, 2, BM=32, BV=64), "gfx942": _config(8, 1, BM=16, BV=32)}),
+        ],
+        4: [(128, {"default": _config(8, 1, BM=32, BV=64), "gfx942": _config(8, 1, BM=16, BV=64)})],
+    },
+    "softmax_grad": {size: [(2**30, {"default": _config(8, 1, BV=4096)})] for size in (2, 4)},
+}
+# Small, so that the small tensors of a test still span several blocks of every kind.
+_INTERPRETED = {"BM": 16, "BK": 16, "BH": 16, "BV": 32}
+
+
+def choose(kernel: str, tensor: Tensor, width: int) -> Config:
+    """The shipped configuration of a kernel for the tensor's dtype and device; width is K or D."""
+    return lookup(kernel, tensor.element_size(), width, chip(tensor.device))
+
+
+def lookup(kernel: str, element_size: int, width: int, chip_name: str) -> Config:
+    """The table's entry, where `width` fits the narrowest that is wide enough."""
+    by_chip = next(entry for widest, entry in _SHIPPED[kernel][element_size] if width <= widest)
+    config = by_chip.get(chip_name, by_chip["default"])
+    if chip_name == "interpreter":
+        return config._replace(blocks={name: _INTERPRETED[name] for name in config.blocks})
+    return config
+
+
+@functools.cache
+def chip(device: torch.device) -> str:
+    """sm_90 and the like, gfx942 and the like; "interpreter" on the CPU."""
+    if device.type == "cpu":
+        return "interpreter"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def splits(device: torch.device, row_blocks: int, column_blocks: int) -> int:
+    """Over how many programs to split the vocabulary of a block of rows, so that every processor has work."""
+    if device.type == "cpu":
+        return min(2, column_blocks)
+    return max(1, min(8, _processors(device) // row_blocks, column_blocks))
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,423 @@
+"""Cross-entropy of a narrow head (D <= 512: the bottleneck's), flash-style: logits exist in registers only.
+
+    forward      one pass over the vocabulary for a block of rows: the running maximum and sum of exponentials, and with
+                 gradients the running sum of exp(logit) · weight row, rescaled when the maximum moves (the form of
+                 flash-attention): 2 or 4·N·V·D FLOPs
+    grad_weight  vocabulary-parallel, logits again: 4·N·V·D
+
+The vocabulary may be split over programs that leave partial sums; a finishing kernel puts them together in a fixed
+order, takes the target's logit apart, and applies the options. Both passes are bound by the tensor cores and, for small
+D, by the exponentials: N·V of them a pass.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ibkernels.gpu import configs
+from ibkernels.gpu.launch import dot_precision
+from ibkernels.options import LogitOptions
+from ibkernels.reference.cross_entropy import CrossEntropyResult
+
+MAX_WIDTH = 512  # columns of a row that fit on chip whole
+_LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+_LOWEST: tl.constexpr = tl.constexpr(-1.0e38)  # not -inf, whose difference from itself is not a number
+
+
+@triton.jit
+def softcapped(x, softcap):
+    """softcap * tanh(x / softcap), and its slope."""
+    tanh = 1.0 - 2.0 / (tl.exp2((2.0 * 1.4426950408889634 / softcap) * x) + 1.0)
+    return softcap * tanh, 1.0 - tanh * tanh
+
+
+@triton.jit
+def cross_entropy_fwd_kernel(
+    x,  # [N, D]
+    weight,  # [V, D]
+    bias,  # [V] float32
+    peak,  # [S, N] float32, the running maximum of a split of the vocabulary
+    total,  # [S, N], sum of exp(logit - peak)
+    logit_sum,  # [S, N], for label smoothing
+    weighted_sum,  # [S, N], sum of exp(logit - peak) (logit - peak), for the entropy
+    best,  # [S, N] int32, the first column of the largest logit
+    pull,  # [S, N, D] float32, sum of exp(logit - peak) slope weight_row
+    slope_sum,  # [S, N, D] float32, sum of slope weight_row: softcap with label smoothing only
+    N,
+    V,
+    D,
+    columns_per_split,
+    softcap,
+    logit_scale,
+    HAS_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    STATS: tl.constexpr,
+    PULL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BV: tl.constexpr,
+    BD: tl.constexpr,
+):
+    split = tl.program_id(1)
+    o_n = tl.program_id(0) * BM + tl.arange(0, BM)
+    o_d = tl.arange(0, BD)
+    in_n, in_d = o_n < N, o_d < D
+    b_x = tl.load(x + o_n.to(tl.int64)[:, None] * D + o_d[None, :], mask=in_n[:, None] & in_d[None, :], other=0.0)
+    b_peak = tl.full((BM,), _LOWEST, tl.float32)
+    b_total = tl.zeros((BM,), tl.float32)
+    b_logit_sum = tl.zeros((BM,), tl.float32)
+    b_weighted = tl.zeros((BM,), tl.float32)
+    b_best = tl.zeros((BM,), tl.int32)
+    if PULL:
+        b_pull = tl.zeros((BM, BD), tl.float32)
+        if SOFTCAP and SMOOTH:
+            b_slope_sum = tl.zeros((BM, BD), tl.float32)
+    start = split * columns_per_split
+    for v in range(start, tl.minimum(V, start + columns_per_split), BV):
+        o_v = v + tl.arange(0, BV)
+        in_v = o_v < V
+        b_weight = tl.load(
+            weight + o_v.to(tl.int64)[:, None] * D + o_d[None, :], mask=in_v[:, None] & in_d[None, :], other=0.0
+        )
+        logits = tl.dot(b_x, tl.trans(b_weight), input_precision=PRECISION) * logit_scale
+        if HAS_BIAS:
+            logits += tl.load(bias + o_v, mask=in_v, other=0.0)[None, :]
+        if SOFTCAP:
+            logits, slope = softcapped(logits, softcap)
+        if SMOOTH:
+            b_logit_sum += tl.sum(tl.where(in_v[None, :], logits, 0.0), 1)
+        logits = tl.where(in_v[None, :], logits, float("-inf"))
+        highest = tl.max(logits, 1)
+        new_peak = tl.maximum(b_peak, highest)
+        decay = tl.exp2((b_peak - new_peak) * _LOG2E)
+        shifted = logits - new_peak[:, None]
+        exp = tl.exp2(shifted * _LOG2E)
+        if STATS:
+            b_best = tl.where(highest > b_peak, v + tl.argmax(logits, 1), b_best)
+            # The old terms lose (new_peak - b_peak) each; nothing has been summed while the maximum is the lowest.
+            lost = tl.where(b_total > 0, (b_peak - new_peak) * b_total, 0.0)
+            b_weighted = (b_weighted + lost) * decay + tl.sum(tl.where(exp > 0, exp * shifted, 0.0), 1)
+        b_total = b_total * decay + tl.sum(exp, 1)
+        b_peak = new_peak
+        if PULL:
+            if SOFTCAP:
+                exp *= slope
+                if SMOOTH:
+                    kept = tl.where(in_v[None, :], slope, 0.0).to(b_weight.dtype)
+                    b_slope_sum = tl.dot(kept, b_weight, b_slope_sum, input_precision=PRECISION)
+            b_pull = tl.dot(exp.to(b_weight.dtype), b_weight, b_pull * decay[:, None], input_precision=PRECISION)
+    o_s = split.to(tl.int64) * N + o_n
+    tl.store(peak + o_s, b_peak, mask=in_n)
+    tl.store(total + o_s, b_total, mask=in_n)
+    if SMOOTH:
+        tl.store(logit_sum + o_s, b_logit_sum, mask=in_n)
+    if STATS:
+        tl.store(weighted_sum + o_s, b_weighted, mask=in_n)
+        tl.store(best + o_s, b_best, mask=in_n)
+    if PULL:
+        mask = in_n[:, None] & in_d[None, :]
+        tl.store(pull + o_s[:, None] * D + o_d[None, :], b_pull, mask=mask)
+        if SOFTCAP and SMOOTH:
+            tl.store(slope_sum + o_s[:, None] * D + o_d[None, :], b_slope_sum, mask=mask)
+
+
+@triton.jit
+def cross_entropy_finish_kernel(
+    x,
+    weight,
+    bias,
+    labels,  # [N] int64
+    upstream,  # [N] float32: the gradient of the summed loss to each token's, 0 where ignored
+    peak,
+    total,
+    logit_sum,
+    weighted_sum,
+    best,
+    pull,
+    slope_sum,
+    weight_sum,  # [D] float32, sum of the weight's rows: label smoothing without softcap only
+    losses,  # [N] float32
+    lse,  # [N] float32
+    peaks,  # [N] float32, and the factor of exp(logit - peak) in the gradient: for the weight's
+    factors,  # [N] float32
+    entropy,  # [N] float32
+    correct,  # [N] bool
+    grad_x,  # [N, D]
+    N,
+    V,
+    D,
+    S,
+    ignore_index,
+    label_smoothing,
+    z_loss,
+    softcap,
+    logit_scale,
+    HAS_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    STATS: tl.constexpr,
+    PULL: tl.constexpr,
+    BM: tl.constexpr,
+    BD: tl.constexpr,
+):
+    o_n = tl.program_id(0) * BM + tl.arange(0, BM)
+    o_d = tl.arange(0, BD)
+    in_n = o_n < N
+    mask = in_n[:, None] & (o_d < D)[None, :]
+    label = tl.load(labels + o_n, mask=in_n, other=ignore_index)
+    valid = label != ignore_index
+    # A label outside the vocabulary reads nothing and makes its loss NaN: no error can be raised without a wait.
+    known = (label >= 0) & (label < V)
+    target = tl.where(known, label, 0)
+    b_x = tl.load(x + o_n.to(tl.int64)[:, None] * D + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
+    b_row = tl.load(weight + target[:, None] * D + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
+    target_logit = tl.sum(b_x * b_row, 1) * logit_scale
+    if HAS_BIAS:
+        target_logit += tl.load(bias + target, mask=in_n, other=0.0)
+    if SOFTCAP:
+        target_logit, target_slope = softcapped(target_logit, softcap)
+
+    b_peak = tl.full((BM,), _LOWEST, tl.float32)
+    b_best = tl.zeros((BM,), tl.int32)
+    o_s = o_n.to(tl.int64)
+    for _ in range(0, S):
+        split_peak = tl.load(peak + o_s, mask=in_n, other=_LOWEST)
+        if STATS:
+            b_best = tl.where(split_peak > b_peak, tl.load(best + o_s, mask=in_n, other=0), b_best)
+        b_peak = tl.maximum(b_peak, split_peak)
+        o_s += N
+    b_total = tl.zeros((BM,), tl.float32)
+    b_logit_sum = tl.zeros((BM,), tl.float32)
+    b_weighted = tl.zeros((BM,), tl.float32)
+    b_pull = tl.zeros((BM, BD), tl.float32)
+    b_slope_sum = tl.zeros((BM, BD), tl.float32)
+    o_s = o_n.to(tl.int64)
+    for _ in range(0, S):
+        below = tl.load(peak + o_s, mask=in_n, other=_LOWEST) - b_peak
+        decay = tl.exp2(below * _LOG2E)
+        split_total = tl.load(total + o_s, mask=in_n, other=0.0)
+        b_total += split_total * decay
+        if SMOOTH:
+            b_logit_sum += tl.load(logit_sum + o_s, mask=in_n, other=0.0)
+        if STATS:
+            lost = tl.where(split_total > 0, below * split_total, 0.0)
+            b_weighted += (tl.load(weighted_sum + o_s, mask=in_n, other=0.0) + lost) * decay
+        if PULL:
+            o_pull = o_s[:, None] * D + o_d[None, :]
+            b_pull += tl.load(pull + o_pull, mask=mask, other=0.0) * decay[:, None]
+            if SOFTCAP and SMOOTH:
+                b_slope_sum += tl.load(slope_sum + o_pull, mask=mask, other=0.0)
+        o_s += N
+
+    log_total = tl.log(b_total)
+    b_lse = log_total + b_peak
+    b_loss = log_total + (b_peak - target_logit)  # not lse - target: a large common offset would cost digits
+    if SMOOTH:
+        b_loss += label_smoothing * (target_logit - b_logit_sum / V)
+    g = tl.load(upstream + o_n, mask=in_n, other=0.0)
+    b_loss = tl.where(known, g * (b_loss + z_loss * b_lse * b_lse), float("nan"))
+    b_loss = tl.where(valid, b_loss, 0.0)
+    tl.store(losses + o_n, b_loss, mask=in_n)
+    tl.store(lse + o_n, b_lse, mask=in_n)
+    # Not exp(logit - lse), whose exponent has lost the digits that the sum of the two has not.
+    factor = (1.0 + 2.0 * z_loss * b_lse) / b_total
+    tl.store(peaks + o_n, b_peak, mask=in_n)
+    tl.store(factors + o_n, factor, mask=in_n)
+    if STATS:
+        b_entropy = tl.where(valid, log_total - b_weighted / b_total, 0.0)
+        tl.store(entropy + o_n, b_entropy, mask=in_n)
+        tl.store(correct + o_n, (b_best.to(tl.int64) == target) & valid, mask=in_n)
+    if PULL:
+        b_grad = b_pull * factor[:, None]
+        if SOFTCAP:
+            b_row *= target_slope[:, None]
+        b_grad -= (1.0 - label_smoothing) * b_row
+        if SMOOTH:
+            if SOFTCAP:
+                b_grad -= (label_smoothing / V) * b_slope_sum
+            else:
+                b_grad -= (label_smoothing / V) * tl.load(weight_sum + o_d, mask=o_d < D, other=0.0)[None, :]
+        b_grad *= (g * logit_scale)[:, None]
+        p_grad = grad_x + o_n.to(tl.int64)[:, None] * D + o_d[None, :]
+        tl.store(p_grad, b_grad.to(grad_x.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def cross_entropy_bwd_weight_kernel(
+    x,
+    weight,
+    bias,
+    labels,
+    upstream,
+    peaks,
+    factors,
+    grad_weight,  # [V, D] float32
+    grad_bias,  # [V] float32
+    N,
+    V,
+    D,
+    ignore_index,
+    label_smoothing,
+    softcap,
+    logit_scale,
+    HAS_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    NEEDS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BV: tl.constexpr,
+    BD: tl.constexpr,
+):
+    o_v = tl.program_id(0) * BV + tl.arange(0, BV)
+    o_d = tl.arange(0, BD)
+    in_v, in_d = o_v < V, o_d < D
+    p_weight = o_v.to(tl.int64)[:, None] * D + o_d[None, :]
+    mask_w = in_v[:, None] & in_d[None, :]
+    b_weight = tl.load(weight + p_weight, mask=mask_w, other=0.0)
+    if HAS_BIAS:
+        b_bias = tl.load(bias + o_v, mask=in_v, other=0.0)
+    acc = tl.zeros((BV, BD), tl.float32)
+    b_grad_bias = tl.zeros((BV,), tl.float32)
+    for n in range(0, N, BM):
+        o_n = n + tl.arange(0, BM)
+        in_n = o_n < N
+        b_x = tl.load(x + o_n.to(tl.int64)[:, None] * D + o_d[None, :], mask=in_n[:, None] & in_d[None, :], other=0.0)
+        label = tl.load(labels + o_n, mask=in_n, other=ignore_index)
+        # An ignored row's upstream is zero; its label must not meet a column either.
+        target = tl.where(label == ignore_index, -1, label)
+        g = tl.load(upstream + o_n, mask=in_n, other=0.0)
+        b_peak = tl.load(peaks + o_n, mask=in_n, other=0.0)
+        factor = tl.load(factors + o_n, mask=in_n, other=0.0)
+        logits = tl.dot(b_weight, tl.trans(b_x), input_precision=PRECISION) * logit_scale  # [BV, BM]
+        if HAS_BIAS:
+            logits += b_bias[:, None]
+        if SOFTCAP:
+            logits, slope = softcapped(logits, softcap)
+        p = tl.exp2((logits - b_peak[None, :]) * _LOG2E) * factor[None, :]
+        grad = p - label_smoothing / V - tl.where(o_v[:, None] == target[None, :], 1.0 - label_smoothing, 0.0)
+        if SOFTCAP:
+            grad *= slope
+        # A row of no weight is left out by selection: 0 times a logit's infinity would be no number.
+        grad = tl.where((g != 0)[None, :], grad * g[None, :], 0.0)
+        if NEEDS_BIAS:
+            b_grad_bias += tl.sum(grad, 1)
+        acc = tl.dot(grad.to(b_x.dtype), b_x, acc, input_precision=PRECISION)
+    tl.store(grad_weight + p_weight, acc * logit_scale, mask=mask_w)
+    if NEEDS_BIAS:
+        tl.store(grad_bias + o_v, b_grad_bias, mask=in_v)
+
+
+def narrow_cross_entropy(
+    x: Tensor,  # [N, D], contiguous
+    weight: Tensor,  # [V, D], x's dtype, contiguous
+    bias: Tensor | None,  # [V] float32
+    labels: Tensor,  # int64 [N]
+    upstream: Tensor,  # [N] float32
+    options: LogitOptions,
+    needs: tuple[bool, bool, bool],
+    stats: bool,
+) -> CrossEntropyResult:
+    """As `reference.linear_cross_entropy`, D <= MAX_WIDTH; upstream stands for valid labels and token weights."""
+    (num_tokens, width), vocabulary = x.shape, weight.shape[0]
+    softcap, smooth = options.softcap or 1.0, options.label_smoothing > 0
+    block_d = max(16, triton.next_power_of_2(width))
+    flags = {"HAS_BIAS": bias is not None, "SOFTCAP": options.softcap is not None}
+    precision = dot_precision(x.dtype)
+
+    def sums(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, device=x.device, dtype=dtype)
+
+    losses, lse, peaks, factors = (sums(num_tokens) for _ in range(4))
+    entropy = torch.zeros_like(upstream)
+    correct = torch.zeros_like(labels, dtype=torch.bool)
+    grad_x = torch.empty_like(x) if needs[0] else None
+    if num_tokens:
+        config = configs.choose("cross_entropy_fwd", x, width)
+        row_blocks = triton.cdiv(num_tokens, config.blocks["BM"])
+        splits = configs.splits(x.device, row_blocks, triton.cdiv(vocabulary, config.blocks["BV"]))
+        blocks_per_split = triton.cdiv(triton.cdiv(vocabulary, config.blocks["BV"]), splits)
+        splits = triton.cdiv(triton.cdiv(vocabulary, config.blocks["BV"]), blocks_per_split)
+        peak, total = sums(splits, num_tokens), sums(splits, num_tokens)
+        logit_sum = sums(splits, num_tokens) if smooth else None
+        weighted_sum = sums(splits, num_tokens) if stats else None
+        best = sums(splits, num_tokens, dtype=torch.int32) if stats else None
+        pull = sums(splits, num_tokens, width) if needs[0] else None
+        slope_sum = sums(splits, num_tokens, width) if needs[0] and smooth and options.softcap is not None else None
+        weight_sum = weight.sum(dim=0, dtype=torch.float32) if needs[0] and smooth else None
+        flags_fwd = {**flags, "SMOOTH": smooth, "STATS": stats, "PULL": needs[0]}
+        partial = (peak, total, logit_sum, weighted_sum, best, pull, slope_sum)
+        cross_entropy_fwd_kernel[(row_blocks, splits)](
+            x,
+            weight,
+            bias,
+            *partial,
+            num_tokens,
+            vocabulary,
+            width,
+            blocks_per_split * config.blocks["BV"],
+            softcap,
+            options.logit_scale,
+            **flags_fwd,
+            PRECISION=precision,
+            BD=block_d,
+            **config.launch,
+        )
+        finish = configs.choose("cross_entropy_finish", x, width)
+        cross_entropy_finish_kernel[(triton.cdiv(num_tokens, finish.blocks["BM"]),)](
+            x,
+            weight,
+            bias,
+            labels,
+            upstream,
+            *partial,
+            weight_sum,
+            losses,
+            lse,
+            peaks,
+            factors,
+            entropy,
+            correct,
+            grad_x,
+            num_tokens,
+            vocabulary,
+            width,
+            splits,
+            options.ignore_index,
+            options.label_smoothing,
+            options.z_loss,
+            softcap,
+            options.logit_scale,
+            **flags_fwd,
+            BD=block_d,
+            **finish.launch,
+        )
+    grad_weight = grad_bias = None
+    if needs[1] or needs[2]:
+        config = configs.choose("cross_entropy_bwd_weight", x, width)
+        grad_weight, grad_bias = sums(vocabulary, width), sums(vocabulary) if needs[2] else None
+        cross_entropy_bwd_weight_kernel[(triton.cdiv(vocabulary, config.blocks["BV"]),)](
+            x,
+            weight,
+            bias,
+            labels,
+            upstream,
+            peaks,
+            factors,
+            grad_weight,
+            grad_bias,
+            num_tokens,
+            vocabulary,
+            width,
+            options.ignore_index,
+            options.label_smoothing,
+            softcap,
+            options.logit_scale,
+            **flags,
+            NEEDS_BIAS=needs[2],
+            PRECISION=precision,
+            BD=block_d,
+            **config.launch,
+        )
+    return CrossEntropyResult(losses, lse, entropy, correct, grad_x, grad_weight if needs[1] else None, grad_bias)

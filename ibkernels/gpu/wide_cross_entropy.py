@@ -1,0 +1,192 @@
+"""Cross-entropy of a wide head (the model's own): library GEMMs over blocks of rows, and a fused kernel on the logits.
+
+    logits = x W^T in float32, a block of rows within a fixed budget       2·n·V·D FLOPs, a library GEMM
+    one program a row: maximum and sum of exponentials, then the gradient   2 reads and 1 write of n·V elements
+    grad_x = G W                                                           2·n·V·D FLOPs, a library GEMM
+
+Float32 logits, because the rounding of a bfloat16 logit of 20 is 0.06. A frozen weight's gradient is neither computed
+nor allocated.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ibkernels.gpu import configs
+from ibkernels.gpu.cross_entropy import _LOG2E, _LOWEST, softcapped
+from ibkernels.gpu.launch import mm_float32
+from ibkernels.options import LogitOptions
+from ibkernels.reference.cross_entropy import CrossEntropyResult
+
+LOGITS_BYTES = 256 * 2**20  # of a block's float32 logits: rows enough that the GEMMs are bound by the tensor cores
+_WEIGHT_ROWS = 8192  # of the head's gradient that are added to at a time
+
+
+@triton.jit
+def softmax_grad_kernel(
+    logits,  # [n, V] float32: x W^T, and afterwards untouched
+    bias,  # [V] float32
+    labels,  # [n] int64
+    upstream,  # [n] float32
+    grad,  # [n, V] in the compute dtype
+    losses,
+    lse,
+    entropy,
+    correct,
+    V,
+    ignore_index,
+    label_smoothing,
+    z_loss,
+    softcap,
+    logit_scale,
+    HAS_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    STATS: tl.constexpr,
+    GRAD: tl.constexpr,
+    BV: tl.constexpr,
+):
+    n = tl.program_id(0).to(tl.int64)
+    p_logits = logits + n * V
+    label = tl.load(labels + n)
+    valid = label != ignore_index
+    # A label outside the vocabulary reads nothing and makes its loss NaN: no error can be raised without a wait.
+    known = (label >= 0) & (label < V)
+    target = tl.where(known, label, 0)
+    target_logit = tl.load(p_logits + target) * logit_scale
+    if HAS_BIAS:
+        target_logit += tl.load(bias + target)
+    if SOFTCAP:
+        target_logit, _ = softcapped(target_logit, softcap)
+    # Running values per lane, put together once at the end: no reduction inside the loop.
+    b_peak = tl.full((BV,), _LOWEST, tl.float32)
+    b_total = tl.zeros((BV,), tl.float32)
+    b_logit_sum = tl.zeros((BV,), tl.float32)
+    b_weighted = tl.zeros((BV,), tl.float32)
+    b_best = tl.zeros((BV,), tl.int32)
+    for v in range(0, V, BV):
+        o_v = v + tl.arange(0, BV)
+        in_v = o_v < V
+        b_logits = tl.load(p_logits + o_v, mask=in_v, other=0.0) * logit_scale
+        if HAS_BIAS:
+            b_logits += tl.load(bias + o_v, mask=in_v, other=0.0)
+        if SOFTCAP:
+            b_logits, _ = softcapped(b_logits, softcap)
+        if SMOOTH:
+            b_logit_sum += tl.where(in_v, b_logits, 0.0)
+        b_logits = tl.where(in_v, b_logits, float("-inf"))
+        new_peak = tl.maximum(b_peak, b_logits)
+        decay = tl.exp2((b_peak - new_peak) * _LOG2E)
+        shifted = b_logits - new_peak
+        exp = tl.exp2(shifted * _LOG2E)
+        if STATS:
+            b_best = tl.where(b_logits > b_peak, o_v, b_best)
+            lost = tl.where(b_total > 0, (b_peak - new_peak) * b_total, 0.0)
+            b_weighted = (b_weighted + lost) * decay + tl.where(exp > 0, exp * shifted, 0.0)
+        b_total = b_total * decay + exp
+        b_peak = new_peak
+    peak = tl.max(b_peak, 0)
+    below = b_peak - peak
+    decay = tl.exp2(below * _LOG2E)
+    total = tl.sum(b_total * decay, 0)
+    log_total = tl.log(total)
+    row_lse = log_total + peak
+    loss = log_total + (peak - target_logit)
+    if SMOOTH:
+        loss += label_smoothing * (target_logit - tl.sum(b_logit_sum, 0) / V)
+    g = tl.load(upstream + n)
+    loss = tl.where(known, g * (loss + z_loss * row_lse * row_lse), float("nan"))
+    tl.store(losses + n, tl.where(valid, loss, 0.0))
+    tl.store(lse + n, row_lse)
+    if STATS:
+        lost = tl.where(b_total > 0, below * b_total, 0.0)
+        weighted = tl.sum((b_weighted + lost) * decay, 0)
+        tl.store(entropy + n, tl.where(valid, log_total - weighted / total, 0.0))
+        first = tl.min(tl.where(b_peak == peak, b_best, V), 0)
+        tl.store(correct + n, (first == target) & valid)
+    if GRAD:
+        # exp(logit - peak) / total: exp(logit - lse) has lost digits to the sum of the two.
+        factor = (1.0 + 2.0 * z_loss * row_lse) / total
+        for v in range(0, V, BV):
+            o_v = v + tl.arange(0, BV)
+            in_v = o_v < V
+            b_logits = tl.load(p_logits + o_v, mask=in_v, other=0.0) * logit_scale
+            if HAS_BIAS:
+                b_logits += tl.load(bias + o_v, mask=in_v, other=0.0)
+            if SOFTCAP:
+                b_logits, slope = softcapped(b_logits, softcap)
+            b_grad = tl.exp2((b_logits - peak) * _LOG2E) * factor - label_smoothing / V
+            b_grad -= tl.where(o_v == target, 1.0 - label_smoothing, 0.0)
+            if SOFTCAP:
+                b_grad *= slope
+            # By selection: a row of no weight may hold an infinity.
+            b_grad = tl.where(g != 0, b_grad * g, 0.0)
+            tl.store(grad + n * V + o_v, b_grad.to(grad.dtype.element_ty), mask=in_v)
+
+
+def wide_cross_entropy(
+    x: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D], x's dtype
+    bias: Tensor | None,  # [V] float32
+    labels: Tensor,  # int64 [N]
+    upstream: Tensor,  # [N] float32
+    options: LogitOptions,
+    needs: tuple[bool, bool, bool],
+    stats: bool,
+) -> CrossEntropyResult:
+    """As `reference.linear_cross_entropy`, any D; upstream stands for valid labels and token weights."""
+    (num_tokens, width), vocabulary = x.shape, weight.shape[0]
+    config = configs.choose("softmax_grad", x, width)
+
+    def sums(*shape: int) -> Tensor:
+        return torch.empty(shape, device=x.device, dtype=torch.float32)
+
+    losses, lse, entropy = sums(num_tokens), sums(num_tokens), torch.zeros_like(upstream)
+    correct = torch.zeros_like(labels, dtype=torch.bool)
+    grad_x = torch.empty_like(x) if needs[0] else None
+    grad_weight = sums(vocabulary, width).zero_() if needs[1] else None
+    grad_bias = sums(vocabulary).zero_() if needs[2] else None
+    block = min(max(16, LOGITS_BYTES // (4 * vocabulary)), max(num_tokens, 1))
+    grad_buffer = x.new_empty(block, vocabulary) if any(needs) else None
+    for start in range(0, num_tokens, block):
+        rows = slice(start, min(start + block, num_tokens))
+        logits = mm_float32(x[rows], weight.T)  # [n, V]
+        grad = None if grad_buffer is None else grad_buffer[: logits.shape[0]]
+        softmax_grad_kernel[(logits.shape[0],)](
+            logits,
+            bias,
+            labels[rows],
+            upstream[rows],
+            grad,
+            losses[rows],
+            lse[rows],
+            entropy[rows],
+            correct[rows],
+            vocabulary,
+            options.ignore_index,
+            options.label_smoothing,
+            options.z_loss,
+            options.softcap or 1.0,
+            options.logit_scale,
+            HAS_BIAS=bias is not None,
+            SOFTCAP=options.softcap is not None,
+            SMOOTH=options.label_smoothing > 0,
+            STATS=stats,
+            GRAD=grad is not None,
+            **config.launch,
+        )
+        del logits
+        if grad is None:
+            continue
+        if grad_x is not None:
+            torch.mm(grad, weight, out=grad_x[rows])
+            if options.logit_scale != 1.0:
+                grad_x[rows] *= options.logit_scale
+        if grad_bias is not None:
+            grad_bias += grad.sum(dim=0, dtype=torch.float32)
+        if grad_weight is not None:
+            for first in range(0, vocabulary, _WEIGHT_ROWS):
+                columns = slice(first, first + _WEIGHT_ROWS)
+                grad_weight[columns] += options.logit_scale * mm_float32(grad[:, columns].T, x[rows])
+    return CrossEntropyResult(losses, lse, entropy, correct, grad_x, grad_weight, grad_bias)

@@ -1,0 +1,75 @@
+"""Every kernel compiles for real chips, without one: no spills in loops, within shared memory, by matrix instructions.
+
+In subprocesses: here Triton's kernels are interpreted, there they are compiled.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).parents[2]
+CHIPS = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+def aot(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "ibkernels.aot", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def check_rows(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        assert row["faults"] == []
+        assert row["registers"] > 0 and row["spill_bytes"] <= 32 and row["spills_in_loops"] == 0
+        assert row["config"].keys() >= {"num_warps", "num_stages"}
+
+
+def test_one_shape_of_every_kernel_on_every_chip(tmp_path: Path) -> None:
+    result = aot("--canonical", "--json", str(tmp_path / "rows.json"))
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    check_rows(rows)
+    kernels = {row["kernel"] for row in rows}
+    assert {(row["kernel"], row["arch"]) for row in rows} == {(kernel, chip) for kernel in kernels for chip in CHIPS}
+    assert kernels >= {"bottleneck_linear_fwd", "bottleneck_lora_fwd", "cross_entropy_fwd", "cross_entropy_bwd_weight"}
+
+
+@pytest.mark.slow
+def test_every_shipped_configuration(tmp_path: Path) -> None:
+    result = aot("--json", str(tmp_path / "rows.json"))
+    assert result.returncode == 0, result.stdout + result.stderr
+    check_rows(json.loads((tmp_path / "rows.json").read_text()))
+
+
+_WITH_ANOTHER_CONFIGURATION = """
+import json, sys
+from ibkernels import aot
+from ibkernels.gpu import configs
+kernel, arch, dtype, width, warps, stages, blocks = json.loads(sys.argv[1])
+configs.lookup = lambda *_: configs.Config(blocks, warps, stages)
+print(json.dumps(aot.compile_job(aot.Job(kernel, arch, dtype, width))))
+"""
+
+
+@pytest.mark.parametrize(
+    ("job", "fault"),
+    [
+        (("cross_entropy_fwd", "sm_90", "bf16", 256, 4, 2, {"BM": 128, "BV": 128}), "spills"),
+        (("bottleneck_lora_fwd", "sm_80", "bf16", 256, 4, 8, {"BM": 128, "BK": 32, "BH": 128}), "shared memory"),
+        (("bottleneck_lora_fwd", "sm_90", "bf16", 256, 4, 3, {"BM": 32, "BK": 32, "BH": 128}), "no wgmma"),
+    ],
+    ids=["spills", "shared-memory", "no-matrix-instruction"],
+)
+def test_what_must_not_ship_is_found(job: tuple[Any, ...], fault: str) -> None:
+    command = [sys.executable, "-c", _WITH_ANOTHER_CONFIGURATION, json.dumps(job)]
+    row = json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    assert any(fault in found for found in row["faults"]), row
+
+
+def test_an_unknown_chip_is_named() -> None:
+    result = aot("--arch", "sm_90", "sm_42")
+    assert result.returncode == 2 and "sm_42" in result.stderr and "gfx942" in result.stderr

@@ -160,12 +160,15 @@ class Job(NamedTuple):
 
 def jobs(archs: Sequence[str], canonical: bool) -> list[Job]:
     """Every shipped configuration for the chips; `canonical`: one shape of each kernel, in bfloat16."""
+    from ibkernels.gpu import configs
+
     found = []
     for arch in archs:
         for name, kernel in KERNELS.items():
             for dtype in ("bf16",) if canonical else DTYPES:
                 widths = (_CANONICAL.get(name, kernel.widths[0]),) if canonical else kernel.widths
-                found += [Job(name, arch, dtype, width) for width in widths]
+                limit = configs.widest(name, DTYPES[dtype], arch)
+                found += [Job(name, arch, dtype, width) for width in widths if width <= limit]
     return found
 
 
@@ -232,7 +235,7 @@ def _cuda_resources(cubin: bytes) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [tools / "cuobjdump", "--dump-resource-usage", file.name]
+        command = [str(tools / "cuobjdump"), "--dump-resource-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
         assert found is not None, usage

@@ -29,22 +29,24 @@ def _config(num_warps: int, num_stages: int, **blocks: int) -> Config:
     return Config(blocks, num_warps, num_stages)
 
 
+ANY = 2**31  # a width that tiles take, however large
+
 # kernel -> bytes of an element -> (widest D or K it is for, configuration by chip; "default" for the others)
-_SHIPPED: dict[str, dict[int, list[tuple[int, dict[str, Config]]]]] = {
+_SHIPPED: dict[str, dict[int, list[tuple[int, dict[str, Config | None]]]]] = {
     "bottleneck_linear_fwd": {
         2: [
             (64, {"default": _config(4, 3, BM=64, BK=64, BH=64)}),
-            (4096, {"default": _config(8, 3, BM=128, BK=64, BH=64), "sm_80": _config(8, 4, BM=128, BK=64, BH=32)}),
+            (ANY, {"default": _config(8, 3, BM=128, BK=64, BH=64), "sm_80": _config(8, 4, BM=128, BK=64, BH=32)}),
         ],
-        4: [(4096, {"default": _config(4, 2, BM=64, BK=32, BH=32)})],
+        4: [(ANY, {"default": _config(4, 2, BM=64, BK=32, BH=32)})],
     },
-    "bottleneck_linear_bwd": {size: [(4096, {"default": _config(4, 2, BM=32, BK=64)})] for size in (2, 4)},
+    "bottleneck_linear_bwd": {size: [(ANY, {"default": _config(4, 2, BM=32, BK=64)})] for size in (2, 4)},
     "bottleneck_lora_fwd": {
-        2: [(4096, {"default": _config(4, 3, BM=64, BK=32, BH=128)})],
-        4: [(4096, {"default": _config(4, 2, BM=32, BK=32, BH=32)})],
+        2: [(ANY, {"default": _config(4, 3, BM=64, BK=32, BH=128)})],
+        4: [(ANY, {"default": _config(4, 2, BM=32, BK=32, BH=32)})],
     },
-    "bottleneck_lora_bwd_t": {size: [(4096, {"default": _config(4, 2, BM=64, BK=32)})] for size in (2, 4)},
-    "bottleneck_lora_bwd_b": {size: [(4096, {"default": _config(4, 2, BM=64, BK=32)})] for size in (2, 4)},
+    "bottleneck_lora_bwd_t": {size: [(ANY, {"default": _config(4, 2, BM=64, BK=32)})] for size in (2, 4)},
+    "bottleneck_lora_bwd_b": {size: [(ANY, {"default": _config(4, 2, BM=64, BK=32)})] for size in (2, 4)},
     "cross_entropy_fwd": {
         2: [
             (128, {"default": _config(8, 2, BM=128, BV=128), "gfx942": _config(8, 1, BM=128, BV=64)}),
@@ -54,7 +56,7 @@ _SHIPPED: dict[str, dict[int, list[tuple[int, dict[str, Config]]]]] = {
                 {
                     "default": _config(8, 2, BM=64, BV=32),
                     "sm_90": _config(16, 2, BM=64, BV=32),
-                    "sm_100": _config(8, 1, BM=64, BV=64),
+                    "sm_100": None,  # none was found that spills nothing and multiplies by tcgen05
                     "gfx942": _config(8, 1, BM=32, BV=16),
                 },
             ),
@@ -80,7 +82,7 @@ _SHIPPED: dict[str, dict[int, list[tuple[int, dict[str, Config]]]]] = {
         ],
         4: [(128, {"default": _config(8, 1, BM=32, BV=64), "gfx942": _config(8, 1, BM=16, BV=64)})],
     },
-    "softmax_grad": {size: [(2**30, {"default": _config(8, 1, BV=4096)})] for size in (2, 4)},
+    "softmax_grad": {size: [(ANY, {"default": _config(8, 1, BV=4096)})] for size in (2, 4)},
 }
 # Small, so that the small tensors of a test still span several blocks of every kind.
 _INTERPRETED = {"BM": 16, "BK": 16, "BH": 16, "BV": 32}
@@ -92,12 +94,19 @@ def choose(kernel: str, tensor: Tensor, width: int) -> Config:
 
 
 def lookup(kernel: str, element_size: int, width: int, chip_name: str) -> Config:
-    """The table's entry, where `width` fits the narrowest that is wide enough."""
-    by_chip = next(entry for widest, entry in _SHIPPED[kernel][element_size] if width <= widest)
+    """The table's entry: the narrowest that `width` fits into."""
+    by_chip = next(entry for limit, entry in _SHIPPED[kernel][element_size] if width <= limit)
     config = by_chip.get(chip_name, by_chip["default"])
+    assert config is not None, f"{kernel} has no configuration of width {width} for {chip_name}: see `widest`"
     if chip_name == "interpreter":
         return config._replace(blocks={name: _INTERPRETED[name] for name in config.blocks})
     return config
+
+
+def widest(kernel: str, element_size: int, chip_name: str) -> int:
+    """The widest K or D that the table has a configuration for on that chip."""
+    entries = _SHIPPED[kernel][element_size]
+    return max(limit for limit, by_chip in entries if by_chip.get(chip_name, by_chip["default"]) is not None)
 
 
 @functools.cache

@@ -20,7 +20,6 @@ from ibkernels.gpu.launch import dot_precision
 from ibkernels.options import LogitOptions
 from ibkernels.reference.cross_entropy import CrossEntropyResult
 
-MAX_WIDTH = 512  # columns of a row that fit on chip whole
 _LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 _LOWEST: tl.constexpr = tl.constexpr(-1.0e38)  # not -inf, whose difference from itself is not a number
 
@@ -319,7 +318,7 @@ def narrow_cross_entropy(
     needs: tuple[bool, bool, bool],
     stats: bool,
 ) -> CrossEntropyResult:
-    """As `reference.linear_cross_entropy`, D <= MAX_WIDTH; upstream stands for valid labels and token weights."""
+    """As `reference.linear_cross_entropy`, D within `configs.widest`; upstream holds validity and token weights."""
     (num_tokens, width), vocabulary = x.shape, weight.shape[0]
     softcap, smooth = options.softcap or 1.0, options.label_smoothing > 0
     block_d = max(16, triton.next_power_of_2(width))

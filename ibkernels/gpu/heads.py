@@ -7,7 +7,8 @@ into one matrix M = W_head W_up; what that costs beyond the narrow kernels are l
 import torch
 from torch import Tensor
 
-from ibkernels.gpu.cross_entropy import MAX_WIDTH, narrow_cross_entropy
+from ibkernels.gpu import configs
+from ibkernels.gpu.cross_entropy import narrow_cross_entropy
 from ibkernels.gpu.launch import dot_precision, mm_float32
 from ibkernels.gpu.wide_cross_entropy import wide_cross_entropy
 from ibkernels.options import LogitOptions
@@ -27,9 +28,7 @@ def linear_cross_entropy(
     """As `reference.linear_cross_entropy`; strided arguments are copied."""
     valid = labels != options.ignore_index
     upstream = valid.float() if token_weight is None else torch.where(valid, token_weight.float(), 0)
-    # Exact float32 products have no matrix instruction: there a library GEMM is the faster one, at any width.
-    on_chip = input.dtype != torch.float32 or dot_precision(input.dtype) == "tf32" or input.device.type == "cpu"
-    kernel = narrow_cross_entropy if input.shape[1] <= MAX_WIDTH and on_chip else wide_cross_entropy
+    kernel = narrow_cross_entropy if _is_narrow(input) else wide_cross_entropy
     return kernel(
         input.contiguous(),
         weight.to(input.dtype).contiguous(),
@@ -130,6 +129,13 @@ def _unabsorbed(
     return BottleneckCrossEntropyResult(
         *result[:4], grad_z, grad_up, grad_up_bias, result.grad_weight, result.grad_bias
     )
+
+
+def _is_narrow(input: Tensor) -> bool:
+    """Whether a row fits on chip. Exact float32 products have no matrix instruction: there a library GEMM is faster."""
+    if dot_precision(input.dtype) == "ieee" and input.device.type != "cpu":
+        return False
+    return input.shape[1] <= configs.widest("cross_entropy_fwd", input.element_size(), configs.chip(input.device))
 
 
 def _times(matrix: Tensor, exact: Tensor) -> Tensor:

@@ -25,9 +25,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.fixture(autouse=True)
 def wide(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every head is wide, and a block of logits holds 16 rows, so that there are three, the last of them ragged."""
-    from ibkernels.gpu import heads, wide_cross_entropy
+    from ibkernels.gpu import configs, wide_cross_entropy
 
-    monkeypatch.setattr(heads, "MAX_WIDTH", 0)
+    monkeypatch.setattr(configs, "widest", lambda *_: 0)
     monkeypatch.setattr(wide_cross_entropy, "LOGITS_BYTES", 16 * 4 * V)
     monkeypatch.setattr(wide_cross_entropy, "_WEIGHT_ROWS", 16)
 

@@ -37,6 +37,7 @@ CASES: dict[str, dict[str, Any]] = {
     "columns-of-wider": {"layout": "columns"},
     "one-dimension": {"width": 1},
     "sixteen-dimensions": {"width": 16},
+    "three-tiles-of-dimensions": {"width": 40},
     "only-z": {"upstream": "z"},
     "only-kl": {"upstream": "kl"},
     "only-z-evaluation": {"upstream": "z", "rng": None},

@@ -46,6 +46,7 @@ CASES: dict[str, dict[str, Any]] = {
     "all-ignored": {"ignored": 1.0, **LOSS_OPTIONS},
     "all-ignored-none": {"ignored": 1.0, "reduction": "none"},
     "all-ignored-weighted": {"ignored": 1.0, "token_weight": torch.float32},
+    "many-blocks-of-words": {"vocabulary": 120},
     "one-word": {"vocabulary": 1},
 }
 

@@ -23,6 +23,7 @@ class CausalLM:
     num_layers: int
     softcap: float | None
     logit_scale: float
+    router_loss: bool  # a mixture of experts whose configuration adds the router's auxiliary loss
 
     @classmethod
     def of(cls, model: Any) -> "CausalLM":
@@ -44,6 +45,7 @@ class CausalLM:
             num_layers=config.num_hidden_layers,
             softcap=getattr(config, "final_logit_softcapping", None),
             logit_scale=1 / granite if granite else (cohere or 1.0),
+            router_loss=bool(getattr(config, "output_router_logits", False)),
         )
 
     def layer(self, index: int) -> nn.Module:
@@ -73,13 +75,21 @@ class CausalLM:
                 f"{default_target_layer(self.num_layers)} here)."
             )
 
+    def check_router_loss(self, asked: bool = False) -> None:
+        """Raises InputError where the configuration, or the call that `asked`, wants the router's auxiliary loss."""
+        if self.router_loss or asked:
+            raise InputError(
+                "output_router_logits asks for the auxiliary loss of a mixture of experts' router, which IBModel does "
+                "not compute: set model.config.output_router_logits = False, in trl SFTConfig(router_aux_loss_coef=0)."
+            )
+
     def check_head_is_plain(self) -> None:
         """Raises InputError for an adapter or a trained copy on the output head: the loss reads its weight directly."""
         if (kind := type(self.head)) is not nn.Linear:
             raise InputError(
                 f"the output head is a {kind.__module__}.{kind.__name__}, not a plain Linear. An adapter on the head "
                 "is not supported: take it out of the LoRA configuration's target_modules and modules_to_save "
-                '(target_modules="all-linear" leaves it out).'
+                '(target_modules="all-linear" leaves it out); a tied head has its embedding\'s trainable_token_indices.'
             )
 
     @torch.no_grad()

@@ -198,6 +198,11 @@ class TrainConfig:
         ways = ("validation_split", "validation_column", "validation_dataset")
         if len(given := [name for name in ways if getattr(self, name) is not None]) > 1:
             raise InputError(f"--{given[0]} and --{given[1]} both say what to validate on; give one of them.")
+        if self.eval_steps is not None and not given:
+            raise InputError(
+                "--eval_steps needs data to validate on: --validation_split, --validation_column or "
+                "--validation_dataset."
+            )
         if self.validation_split == self.dataset_split:
             raise InputError(
                 f"--validation_split {self.validation_split} is the split that is trained on; name another, or give a "

@@ -227,6 +227,18 @@ def _write_adapter(source: _Source, base_model: str | None, folder: Path) -> Non
     (folder / CARD_NAME).write_text(card, encoding="utf-8")
 
 
+def _stop_after_a_turn(merged: Any, tokenizer: Any, record: dict[str, Any]) -> None:
+    """A model trained on conversations ends its turn with the template's token, which generation must know of."""
+    form = record.get("prompt_format") or {}
+    if form.get("kind") != "chat" or merged.generation_config is None:
+        return
+    turn_end = tokenizer(form["end_of_turn"], add_special_tokens=False)["input_ids"][-1]
+    known = merged.generation_config.eos_token_id
+    stops = [] if known is None else [known] if isinstance(known, int) else list(known)
+    if turn_end not in stops:
+        merged.generation_config.eos_token_id = [*stops, turn_end]
+
+
 def _write_merged(source: _Source, base_model: str | None, config: ExportConfig, folder: Path) -> None:
     """A plain transformers model, in the dtype of the base model's file unless told otherwise."""
     if base_model is None:
@@ -251,6 +263,7 @@ def _write_merged(source: _Source, base_model: str | None, config: ExportConfig,
     except (OSError, ValueError, RuntimeError, TypeError) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise InputError(f"{source.folder} cannot be merged into base_model {base_model!r}: {reason}") from error
+    _stop_after_a_turn(merged, tokenizer, record)
     merged.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     # Where the weights are those of the record, its name for them is as true as the place they were loaded from.

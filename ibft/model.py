@@ -9,8 +9,9 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import PeftConfig, PeftModel, PeftModelForCausalLM
+from peft.tuners.tuners_utils import BaseTuner
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -53,13 +54,17 @@ class IBModel(PeftModelForCausalLM):
             raise InputError(
                 f"peft_type {peft_config.peft_type} learns a prompt; IB-FT trains adapters in the layers (LoRA)."
             )
+        if getattr(peft_config, "alora_invocation_tokens", None):
+            raise InputError("alora_invocation_tokens (aLoRA) is not supported: the adapter would not act on the loss.")
         parts = CausalLM.of(model)
+        parts.check_router_loss()
         if ib is not None:
             parts.check_layer(ib.target_layer)
         parts.check_causal()
         parts.check_logits(model)
         super().__init__(model, peft_config, adapter_name, **kwargs)
         try:
+            _check_tuner(self.base_model)
             CausalLM.of(self.get_base_model()).check_head_is_plain()
         except InputError:
             self.base_model.unload()  # the base model is the caller's: give it back as it was
@@ -168,6 +173,7 @@ class IBModel(PeftModelForCausalLM):
                 input_ids, attention_mask, inputs_embeds=inputs_embeds, position_ids=position_ids, **kwargs
             )
         parts = CausalLM.of(self.get_base_model())
+        parts.check_router_loss(asked=bool(kwargs.get("output_router_logits")))
         bottleneck = self.bottleneck if self.training else None
         with self._tap.armed(bottleneck is not None):
             last = parts.decode(
@@ -329,6 +335,15 @@ def _count(count: int | Tensor, like: Tensor) -> Tensor:
     return torch.full((), max(count, 1), device=like.device)  # filled there: copying a number over stops the host
 
 
+def _check_tuner(tuner: nn.Module) -> None:
+    """Raises InputError where PEFT does more in forward than to run the model, which our loss would pass by."""
+    if isinstance(tuner, BaseTuner) and type(tuner).forward is not BaseTuner.forward:
+        raise InputError(
+            f"{type(tuner).__name__} changes what the model's forward returns (AdaLoRA adds a term to the loss), and "
+            "IBModel's loss would leave that out; use LoRA."
+        )
+
+
 def _locate(model_id: str, name: str, hub: dict[str, Any]) -> Path | None:
     """The file of that name in a local folder or a Hub repository; None where it has none."""
     if Path(model_id).is_dir():
@@ -336,5 +351,10 @@ def _locate(model_id: str, name: str, hub: dict[str, Any]) -> Path | None:
         return file if file.is_file() else None
     try:
         return Path(hf_hub_download(model_id, name, **hub))
+    except LocalEntryNotFoundError as error:  # unknown, which must not pass for "there is none"
+        raise InputError(
+            f"whether {model_id} has a bottleneck cannot be told: {name} is not in the cache, and the Hub was not "
+            "reached. Connect, or name a folder that holds the whole repository."
+        ) from error
     except EntryNotFoundError:
         return None

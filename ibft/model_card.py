@@ -61,6 +61,12 @@ _BOTTLENECK = {
     "sample": "z is drawn from the posterior (else: its mean)",
 }
 _GENERATE = "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=200)[0], skip_special_tokens=True))"
+# An answer ends with its turn, which the base model's own configuration need not know.
+_GENERATE_ANSWER = [
+    "end = tokenizer.encode({end}, add_special_tokens=False)[-1]",
+    "output = model.generate(**inputs, max_new_tokens=200, eos_token_id=end)[0]",
+    "print(tokenizer.decode(output, skip_special_tokens=True))",
+]
 _LORA = {"r": "rank", "lora_alpha": "with the rank, the scale of the update", "lora_dropout": "in training"}
 
 
@@ -166,7 +172,11 @@ def _usage(record: Mapping[str, Any], kind: Kind, base_model: str | None, hub: b
             "inputs = tokenizer.apply_chat_template(",
             '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
             ")",
-            _GENERATE,
+            *(
+                [line.format(end=json.dumps(end, ensure_ascii=False)) for line in _GENERATE_ANSWER]
+                if (end := form.get("end_of_turn"))
+                else [_GENERATE]
+            ),
         ]
     elif isinstance(form.get("separator"), str):
         bos = "tokenizer.bos_token + " if form.get("bos") else ""

@@ -14,6 +14,7 @@ KNOWN_COLUMNS = {
     "Evol-CodeAlpaca": ("instruction", "output"),
     "MBPP": ("text", "code"),
 }
+_ALPACA_INPUT = "input"  # beside Alpaca's instruction: what it is to be done to
 TRL_PAIR = ("prompt", "completion")  # text, or lists of messages
 MESSAGES = "messages"
 SEPARATOR = "\n"  # between prompt and response; belongs to the prompt
@@ -74,16 +75,21 @@ class ColumnChoice:
                     raise InputError(f"{found}, not {name!r}.{_did_you_mean(name, columns)}")
             return self.named
         known = {label: pair for label, pair in KNOWN_COLUMNS.items() if set(pair) <= set(columns)}
-        if len(known) == 1:
-            return next(iter(known.values()))
-        others: list[tuple[str, ...]] = [
-            names for names in (TRL_PAIR, (MESSAGES,)) if not known and set(names) <= set(columns)
-        ]
-        if len(others) == 1:
-            return others[0]
-        if others:
+        others: list[tuple[str, ...]] = [names for names in (TRL_PAIR, (MESSAGES,)) if set(names) <= set(columns)]
+        candidates = [*known.values(), *others]
+        if candidates == [KNOWN_COLUMNS["Evol-CodeAlpaca"]] and _ALPACA_INPUT in columns:
+            instruction, output = candidates[0]
             raise InputError(
-                f"{found}: both a conversation ({MESSAGES!r}) and a pair ('prompt' + 'completion'). Name the pair with "
+                f"{found}; {quoted(candidates[0])} without {_ALPACA_INPUT!r} would lose what Alpaca's instructions are "
+                f"about. Join the two into one column and name it with --prompt_column and --response_column; naming "
+                f"{instruction!r} and {output!r} there trains without it."
+            )
+        if len(candidates) == 1:
+            return candidates[0]
+        if others:
+            pair = next(names for names in candidates if len(names) == 2)
+            raise InputError(
+                f"{found}: both {_what(others[-1])} and {_what(pair)}. Name the pair to train on with "
                 "--prompt_column and --response_column, or leave one of them out of the data."
             )
         verdict, pairs = ("more than one", known) if known else ("none", KNOWN_COLUMNS)
@@ -110,6 +116,10 @@ def _did_you_mean(name: str, columns: list[str]) -> str:
     lowered = {column.lower(): column for column in columns}
     close = difflib.get_close_matches(name.lower(), lowered, n=1)
     return f" Did you mean {lowered[close[0]]!r}?" if close else ""
+
+
+def _what(names: tuple[str, ...]) -> str:
+    return f"a conversation ({names[0]!r})" if len(names) == 1 else f"a pair ({' + '.join(map(repr, names))})"
 
 
 def _pairs(pairs: dict[str, tuple[str, str]]) -> str:

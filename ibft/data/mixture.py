@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 # Streams of random choices beside the plan's [seed, epoch], which no epoch comes near.
 _HOLD_OUT, _PARTIAL_PASS = 2**32, 2**32 + 1
+MOST_EXAMPLES = 2**31  # more are a slip of the keyboard, and would end in a lack of memory
 
 
 class Part(NamedTuple):
@@ -186,6 +187,11 @@ def _passes(config: TrainConfig, named: Sequence[tuple[str, Source]], train: Seq
     parts = []
     for index, ((name, source), rows) in enumerate(zip(named, train, strict=True)):
         weight = config.dataset_weights[index] if config.dataset_weights else 1.0
+        if weight * len(rows) > MOST_EXAMPLES:
+            raise InputError(
+                f"{name!r} of weight {weight:g} makes {weight * len(rows):.3g} examples of its {len(rows):,} rows; an "
+                f"epoch holds at most {MOST_EXAMPLES:,}."
+            )
         whole, share = int(weight), weight % 1
         count = round(share * len(rows))
         stream = np.random.PCG64([config.seed, _PARTIAL_PASS, index])

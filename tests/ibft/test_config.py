@@ -43,6 +43,7 @@ def test_defaults():
 def test_every_field_is_a_flag_in_both_spellings(name, respell):
     kind = TrainConfig.__dataclass_fields__[name].type
     required = [*REQUIRED, "--encoder", "lora"]  # lora, so that encoder_rank is allowed
+    required += ["--validation_split", "0.1"] if name == "eval_steps" else []
     if kind == "bool":
         for flag, value in ((f"--{name}", True), (f"--no_{name}", False)):
             assert getattr(parse_args([*required, respell(flag)])[0], name) is value

@@ -22,6 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import ibft
 import ibft.export
 from ibft.cli import main
+from ibft.lab.tasks import generate_tasks
+from ibft.lab.tiny import build_llama, build_tokenizer, save_base
 
 PROMPT = "Write a function.\n"
 ADAPTER_FILES = {
@@ -528,3 +530,25 @@ def test_push_through_the_real_client(trained: Path, tmp_path: Path, local_hub: 
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert "ibft: error: --push_to_hub me/model: " in result.stderr
     assert names(tmp_path / "second") == ADAPTER_FILES
+
+
+def test_a_merged_chat_model_stops_at_the_end_of_a_turn(tmp_path: Path) -> None:
+    """Its token is the template's, not the base model's EOS."""
+    tasks = generate_tasks(12, seed=3)
+    tokenizer = build_tokenizer([task.program for task in tasks], vocab_size=300)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = (
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    save_base(build_llama(tokenizer, hidden_size=16, num_layers=2, num_heads=2), tokenizer, tmp_path / "base")
+    rows = [
+        {"messages": [{"role": "user", "content": t.description}, {"role": "assistant", "content": t.program}]}
+        for t in tasks
+    ]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train = f"train --base_model {tmp_path}/base --dataset {tmp_path}/chat.jsonl --output_dir {tmp_path}/run --use_cpu"
+    assert main([*train.split(), *["--max_length", "256", "--bottleneck_dim", "8", "--max_steps", "1"]]) == 0
+    assert main(f"export --adapter {tmp_path}/run --output_dir {tmp_path}/merged --merge".split()) == 0
+    stops = json.loads((tmp_path / "merged" / "generation_config.json").read_text())["eos_token_id"]
+    assert stops == [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]

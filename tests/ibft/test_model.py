@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from oracle import (
     HIDDEN,
     LAYERS,
@@ -18,9 +19,10 @@ from oracle import (
     tiny_model,
     wrap,
 )
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ibft import IBConfig, IBModel, InputError
 from ibft.architecture import CausalLM
@@ -249,6 +251,44 @@ def test_tapped_states_without_gradient() -> None:
     )  # the tap is below the only adapter
     with pytest.raises(InputError, match="the tapped hidden states take no gradient"):
         model(**random_batch(), noise_rng=RNG)
+
+
+def test_adapters_whose_forward_our_loss_would_pass_by() -> None:
+    """AdaLoRA adds a term to the loss there, aLoRA tells its layers where to begin."""
+    base = tiny_model("llama")
+    names = set(base.state_dict())
+    adalora = AdaLoraConfig(total_step=10, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    with pytest.raises(InputError, match="AdaLoraModel changes what the model's forward returns"):
+        IBModel.from_base(base, adalora, config())
+    with pytest.raises(InputError, match="alora_invocation_tokens"):
+        wrap(base, None, target_modules=["q_proj"], alora_invocation_tokens=[7])
+    assert set(base.state_dict()) == names
+
+
+def test_a_routers_auxiliary_loss() -> None:
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": 48, "num_hidden_layers": LAYERS, "num_local_experts": 2}
+    settings = AutoConfig.for_model("mixtral", vocab_size=VOCABULARY, num_attention_heads=4, **sizes)
+    settings.num_key_value_heads = 2
+    base = AutoModelForCausalLM.from_config(settings)
+    base.config.output_router_logits = True
+    with pytest.raises(InputError, match="output_router_logits asks for the auxiliary loss"):
+        wrap(base, config())
+    base.config.output_router_logits = False
+    model, batch = wrap(base, config()), random_batch()
+    assert model(**batch).loss.isfinite()
+    with pytest.raises(InputError, match="output_router_logits asks for the auxiliary loss"):
+        model(**batch, output_router_logits=True)  # as trl does
+
+
+def test_an_unreachable_hub_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To take it for "no bottleneck" would train on without one."""
+
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise LocalEntryNotFoundError("no connection, and not in the cache")
+
+    monkeypatch.setattr("ibft.model.hf_hub_download", unreachable)
+    with pytest.raises(InputError, match=r"whether owner/name has a bottleneck cannot be told: ib_config\.json"):
+        IBModel.from_pretrained(tiny_model("llama"), "owner/name")
 
 
 @pytest.mark.parametrize(

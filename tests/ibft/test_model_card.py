@@ -128,7 +128,10 @@ def chat_base(base_folder: Path, tmp_path: Path) -> Path:
     return tmp_path / "chat-base"
 
 
-@pytest.mark.parametrize("form", [RECORD["prompt_format"], {"kind": "chat", "separator": None, "bos": False}, {}])
+CHAT = {"kind": "chat", "separator": None, "bos": False}
+
+
+@pytest.mark.parametrize("form", [RECORD["prompt_format"], CHAT, {**CHAT, "end_of_turn": "<bos>"}, {}])
 @pytest.mark.parametrize("kind", ["run", "merged"])
 def test_its_code_runs(
     train: Callable[..., int], tmp_path: Path, chat_base: Path, form: dict[str, Any], kind: Any
@@ -145,7 +148,10 @@ def test_its_code_runs(
     code = code.replace(
         'AutoTokenizer.from_pretrained("path/to/this/folder")', f'AutoTokenizer.from_pretrained("{chat_base}")'
     )
-    exec(compile(code.replace("path/to/this/folder", str(tmp_path / "out")), "card", "exec"), {})
+    names: dict[str, Any] = {}
+    exec(compile(code.replace("path/to/this/folder", str(tmp_path / "out")), "card", "exec"), names)
+    assert names.get("end") == (1 if "end_of_turn" in form else None)  # <bos>: no EOS of the base model's
+    assert ("eos_token_id=end" in code) == ("end_of_turn" in form)
 
 
 def test_names_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -274,7 +274,15 @@ def test_sft_trainer_takes_the_steps_of_our_loop(
     Logged(trainer).assert_same_as(own.records)
     for entry in Logged(trainer):
         assert entry["entropy"] > 0 and 0 <= entry["mean_token_accuracy"] <= 1
-    assert any("eval_loss" in entry and "eval_entropy" in entry for entry in trainer.state.log_history)
+    (evaluation,) = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert evaluation["eval_entropy"] > 0
+    model, losses = own.model.eval(), []
+    for tokens, labels in list(own.documents())[:4]:
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor(tokens)[None]).logits[0, :-1]
+        losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(labels)[1:], reduction="none"))
+    counted = torch.cat(losses)
+    assert evaluation["eval_loss"] == pytest.approx((counted.sum() / (counted != 0).sum()).item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("loss_type", ["nll", "chunked_nll"])

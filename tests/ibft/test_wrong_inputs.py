@@ -303,6 +303,7 @@ DATA = {
     "validation_twice": train(
         "--validation_split 0.1 --validation_dataset {data}", "both say what to validate on; give one"
     ),
+    "eval_steps_without_validation": train("--eval_steps 2", "--eval_steps needs data to validate on"),
     "validation_dataset_missing": train("--validation_dataset {here}/v.jsonl", "no file or folder '.*/v.jsonl'"),
     "validation_dataset_trained_on": train("--validation_dataset {data}", "is trained on; name another"),
     "validation_dataset_of_another_kind": train(

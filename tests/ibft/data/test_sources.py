@@ -109,6 +109,23 @@ def test_known_columns_are_recognised(tmp_path: Path, pair: tuple[str, str]) -> 
     assert triples(load_rows(str(path))) == [("p", "r", 0)]
 
 
+def test_the_input_of_alpaca_is_not_lost(tmp_path: Path) -> None:
+    path = str(write(tmp_path / "a.jsonl", [{"instruction": "i", "input": "x", "output": "o"}]))
+    with pytest.raises(InputError, match=r"'instruction', 'output' without 'input' would lose"):
+        load_rows(path)
+    assert triples(load_rows(path, prompt_column="instruction", response_column="output")) == [("i", "o", 0)]
+
+
+@pytest.mark.parametrize("other", [{"messages": []}, {"prompt": "p", "completion": "c"}], ids=["messages", "trl"])
+def test_a_known_pair_beside_another_form_is_not_chosen_in_silence(tmp_path: Path, other: dict[str, object]) -> None:
+    path = str(write(tmp_path / "a.jsonl", [{"instruction": "i", "output": "o", **other}]))
+    with pytest.raises(
+        InputError, match=r"both a (conversation|pair) \('(messages|prompt).* and a pair \('instruction'"
+    ):
+        load_rows(path)
+    assert triples(load_rows(path, prompt_column="instruction", response_column="output")) == [("i", "o", 0)]
+
+
 def test_columns_by_argument_win(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"text": "t", "code": "c", "Response": "r", "Instruction": "i"}])
     assert triples(load_rows(str(path), prompt_column="code", response_column="text")) == [("c", "t", 0)]

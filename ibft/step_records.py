@@ -1,11 +1,13 @@
 """What is kept of every optimizer step: scalars on the device until logged, then the lines of metrics.jsonl."""
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from ibft.output import IBOutput
 
 if TYPE_CHECKING:
     from ibft.train import Run
@@ -22,6 +24,13 @@ class StepRecord(NamedTuple):
     num_labels: int
     learning_rate: Any
     scalars: Tensor  # loss, ce, kl, ce_ib, gradient norm; on the device
+
+
+def stack_terms(output: IBOutput) -> Tensor:
+    """loss, ce, kl, ce_ib, detached; zero for what plain fine-tuning does not have."""
+    loss = cast(Tensor, output.loss).detach().float()
+    values = (output.ce, output.kl, output.ce_ib)
+    return torch.stack([loss, *(torch.zeros_like(loss) if value is None else value.float() for value in values)])
 
 
 def to_host(run: "Run", window: list[StepRecord], share: Tensor | None, seconds: float) -> list[dict[str, Any]]:
@@ -58,10 +67,12 @@ _CHECKED = ("loss", "ce", "kl", "ce_ib", "grad_norm")
 
 
 def is_finite(values: dict[str, Any]) -> bool:
+    """Whether every number of a record is one."""
     return all(values[name] is None or math.isfinite(values[name]) for name in _CHECKED)
 
 
 def what_diverged(run: "Run", values: dict[str, Any], record: StepRecord) -> str:
+    """The sentence of TrainingDiverged: the step, its numbers, and the rows of its batch."""
     found = ", ".join(f"{name} {values[name]}" for name in _CHECKED)
     return (
         f"step {record.step} is not finite ({found}); its batch holds {run.data.places(record.documents)}. "

@@ -13,11 +13,10 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft import LoraConfig
-from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler, set_seed
@@ -53,10 +52,10 @@ from ibft.loading import (
     quiet_libraries,
     resolve_dtype,
 )
-from ibft.model import IBModel, IBOutput
+from ibft.model import IBModel
 from ibft.objective import IBConfig
 from ibft.record import describe_dry_run, describe_run, run_record
-from ibft.step_records import SUMMARY, StepRecord, is_finite, to_host, what_diverged
+from ibft.step_records import SUMMARY, StepRecord, is_finite, stack_terms, to_host, what_diverged
 from ibft.tracking import Metrics, start_trackers, usable_trackers
 from ibft.validation import Validation
 
@@ -289,7 +288,7 @@ def _loop(run: Run, metrics: Metrics | None) -> dict[str, Any]:
                 )
                 batch = next(batches, {})  # fetched while the GPU is busy with the forward pass
                 (output.loss * engine.loss_scale).backward()
-            terms += _stack(output)
+            terms += stack_terms(output)
 
         terms = engine.sum(terms)  # one collective: the ranks must agree on whether the step is sound
         grad_norm = torch.nn.utils.clip_grad_norm_(trainable, config.max_grad_norm or float("inf"))
@@ -388,13 +387,6 @@ def _build_optimizer(config: TrainConfig, model: IBModel) -> AdamW:
         weight_decay=config.weight_decay,
         fused=not config.dry_run,  # fused AdamW refuses parameters that are nowhere
     )
-
-
-def _stack(output: IBOutput) -> Tensor:
-    """loss, ce, kl, ce_ib, detached; zero for what plain fine-tuning does not have."""
-    loss = cast(Tensor, output.loss).detach().float()
-    values = (output.ce, output.kl, output.ce_ib)
-    return torch.stack([loss, *(torch.zeros_like(loss) if value is None else value.float() for value in values)])
 
 
 if __name__ == "__main__":

@@ -261,7 +261,8 @@ def _loop(run: Run, metrics: Metrics | None) -> dict[str, Any]:
     window: list[StepRecord] = []
     window_start = time.perf_counter()
     summary: dict[str, Any] = {}
-    inactive = 0  # logged windows in a row, after the warm-up, in which no dimension of the bottleneck was active
+    # Logged windows in a row, after the warm-up, with no active dimension of the bottleneck and a KL that did not rise.
+    inactive, last_kl = 0, math.inf
 
     for step in range(run.start_step, run.total_steps):
         # Every term is a mean over the whole step, all micro-batches and ranks. The plan knows the counts.
@@ -313,7 +314,8 @@ def _loop(run: Run, metrics: Metrics | None) -> dict[str, Any]:
             if sound < len(records):
                 raise TrainingDiverged(what_diverged(run, records[sound], window[sound]))
             summary = {name: records[-1][name] for name in SUMMARY}
-            inactive = inactive + 1 if summary["active_share"] == 0 and done > run.warmup_steps else 0
+            idle = summary["active_share"] == 0 and done > run.warmup_steps and summary["kl_nats"] <= last_kl
+            inactive, last_kl = inactive + 1 if idle else 0, summary["kl_nats"]
             if metrics is not None and inactive == 2:
                 metrics.say(_COLLAPSED)
             window, window_start = [], time.perf_counter()

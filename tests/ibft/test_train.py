@@ -61,7 +61,14 @@ def test_what_it_leaves(run: Callable[..., int], tmp_path: Path, capsys: pytest.
     assert [values["active_share"] is not None for values in metrics] == [False, True, False, True]
     printed = capsys.readouterr().out
     assert "rows of up to 128 tokens a step" in printed and "step 4/4" in printed
-    assert "the posterior has collapsed" in printed  # a random two-layer model: nothing varies yet
+    assert "the posterior has collapsed" not in printed  # no dimension is active, but the KL rises
+
+
+def test_a_collapsed_posterior_is_told_once(run: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    more = "--alpha 10 --beta 0 --learning_rate 1e-2 --max_steps 12 --warmup_ratio 0"
+    assert run("out", more) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("the posterior has collapsed") == 1 and "--beta" in printed
 
 
 def test_sft_leaves_a_plain_adapter(run: Callable[..., int], tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -188,9 +188,12 @@ def cut(file: str, size: int) -> Setting:
     return lambda world: os.truncate(world.here / file, size)
 
 
+DISK = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+
 def fill_the_disk(size: int) -> None:
     """No file may grow beyond `size` bytes: the libraries meet what they meet on a full disk, but for the errno."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, DISK[1]))
 
 
 def weights_of_another_shape(world: World) -> None:
@@ -709,17 +712,7 @@ def run_folder(base_folder: Path, tasks_file: Path, tmp_path_factory: pytest.Tem
 
 
 @pytest.fixture
-def free_disk() -> Iterator[None]:
-    """Takes back what `fill_the_disk` did."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-@pytest.fixture
-def world(
-    base_folder: Path, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free_disk: None
-) -> World:
+def world(base_folder: Path, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     """A folder of the test's own, which is the current one; without network, and nobody logged in."""
     for name in ("HF_TOKEN", "HUGGINGFACE_TOKEN", "WORLD_SIZE", "RANK", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
@@ -740,7 +733,10 @@ def ibft_command(world: World, tasks_file: Path) -> Callable[[str], int]:
         words = shlex.split(command)
         for name, path in places.items():
             words = [word.replace(f"{{{name}}}", str(path)) for word in words]
-        return main(words)
+        try:
+            return main(words)
+        finally:  # at once: pytest itself writes between a test and the end of its fixtures, to a log perhaps
+            resource.setrlimit(resource.RLIMIT_FSIZE, DISK)
 
     return run
 
@@ -892,11 +888,9 @@ def test_a_run_that_can_no_longer_write_goes_on_from_its_checkpoint(
 ) -> None:
     reason, make = REFUSALS[name]
     command = f"train --base_model {{base}} --dataset {{data}} --output_dir {{out}} {LONGER}"
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
     with world.monkeypatch.context() as patched:
         make(World(world.here, world.base_folder, world.run_folder, patched))
         code = ibft_command(command)
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     error = capsys.readouterr().err
     newest = max(path.name for path in (world.here / "out").glob("checkpoint-*"))
     assert code == 1 and "Traceback" not in error

@@ -6,7 +6,12 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 CSRC := $(shell find ibkernels/csrc -type f)
 
-.PHONY: demo test test-slow bench aot lint format install clean
+# A GPU machine needs torch, triton, numpy and pytest, and no installation: everything runs from the source tree.
+# `make gpu DRY=1` runs it all at toy sizes in Triton's interpreter; OUT names the folder for results.
+GPU_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+DRY_RUN := $(if $(filter-out 0,$(DRY)),IBKERNELS_DRY=1 TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES=)
+
+.PHONY: demo test test-slow bench gpu aot lint format install clean
 
 demo: $(INSTALLED)
 	$(BIN)/ibft lab demo --output_dir runs/demo --overwrite
@@ -19,6 +24,14 @@ test-slow: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest benchmarks
+
+# Three processes where pytest-xdist is there: most of the time goes into compiling kernels. Timings follow even where a
+# test failed: they have gates of their own, and time on a GPU is dear. (pytest's options: pyproject.toml's need plugins.)
+gpu:
+	@status=0; parallel=; export PYTHONPATH=. $(DRY_RUN); \
+	if [ -z "$$IBKERNELS_DRY" ] && $(GPU_PYTHON) -c 'import xdist' 2>/dev/null; then parallel="-n 3"; fi; \
+	$(GPU_PYTHON) -m pytest tests/gpu -o addopts=--import-mode=importlib -q -rs --durations=10 $$parallel || status=1; \
+	$(GPU_PYTHON) -m benchmarks.gpu || status=1; exit $$status
 
 aot: $(INSTALLED)
 	$(BIN)/python -m ibkernels.aot

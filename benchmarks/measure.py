@@ -32,17 +32,22 @@ class Ratio(NamedTuple):
         return f"{self.median:.2f} ({self.low:.2f}-{self.high:.2f})"
 
 
-def interleave(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def interleave(
+    steps: dict[str, Callable[[], object]],
+    rounds: int,
+    timer: Callable[[Callable[[], object]], float] | None = None,
+) -> dict[str, list[float]]:
     """Seconds of every step, round by round: each round runs all of them, so that a busy moment falls on all alike.
 
-    A round starts one variant further than the round before it; one round to warm up is not counted.
+    A round starts one variant further than the round before it; one round to warm up is not counted. timer: gives the
+    seconds of one call; None: `timed`.
     """
     names = list(steps)
     samples: dict[str, list[float]] = {name: [] for name in names}
     for index in range(-1, rounds):
         first = index % len(names)
         for name in names[first:] + names[:first]:
-            elapsed = timed(steps[name])
+            elapsed = (timer or timed)(steps[name])
             if index >= 0:
                 samples[name].append(elapsed)
     return samples

@@ -14,6 +14,8 @@ from ibkernels.gpu.wide_cross_entropy import wide_cross_entropy
 from ibkernels.options import LogitOptions
 from ibkernels.reference.cross_entropy import BottleneckCrossEntropyResult, CrossEntropyResult
 
+_BLOCK_WORDS = 8192  # of the head, whose float32 factors are taken apart at a time
+
 
 def linear_cross_entropy(
     input: Tensor,  # [N, D]
@@ -87,9 +89,9 @@ def _absorbed(
     grad_c = None if grad_shift is None or up_bias is None else options.logit_scale * grad_shift
     grad_up = grad_up_bias = grad_head = None
     if needs_up and grad_matrix is not None:
-        grad_up = _times(head.T, grad_matrix)
+        grad_up = _transposed_times(head, grad_matrix)
     if needs_up_bias and grad_c is not None:
-        grad_up_bias = _times(head.T, grad_c[:, None])[:, 0]
+        grad_up_bias = _transposed_times(head, grad_c[:, None])[:, 0]
     if needs_head and grad_matrix is not None:
         grad_head = _times(up, grad_matrix.T).T
         if grad_c is not None and up_bias is not None:
@@ -145,9 +147,28 @@ def _times(matrix: Tensor, exact: Tensor) -> Tensor:
     """
     if matrix.dtype == torch.float32:
         return matrix @ exact
-    # Scaled to 1, for the range of float16.
-    scale = exact.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
-    scaled = exact / scale
-    high = scaled.to(matrix.dtype)
-    low = (scaled - high.float()).to(matrix.dtype)
-    return scale * (mm_float32(matrix, high) + mm_float32(matrix, low))
+    scale = _scale(exact)
+    return scale * sum(mm_float32(matrix, half) for half in _halves(exact / scale, matrix.dtype))
+
+
+def _transposed_times(head: Tensor, exact: Tensor) -> Tensor:
+    """head^T exact, likewise; by blocks of words, so that the halves of a [V, K] factor never exist whole."""
+    if head.dtype == torch.float32:
+        return head.T @ exact
+    scale = _scale(exact)
+    total = exact.new_zeros(head.shape[1], exact.shape[1])
+    for start in range(0, head.shape[0], _BLOCK_WORDS):
+        words = slice(start, start + _BLOCK_WORDS)
+        for half in _halves(exact[words] / scale, head.dtype):
+            total += mm_float32(head[words].T, half)
+    return scale * total
+
+
+def _scale(exact: Tensor) -> Tensor:
+    """Its largest value: scaled to 1, a factor fits the range of float16."""
+    return exact.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def _halves(exact: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    high = exact.to(dtype)
+    return high, (exact - high.float()).to(dtype)

@@ -1,0 +1,157 @@
+"""`python -m benchmarks.gpu`: time and memory of every op on this GPU; `python -m benchmarks.gpu report FILE`: tables.
+
+Every variant is first compared with float64, and one that errs is not timed. The record, all samples in it, goes to
+$OUT/gpu-<device>.json (OUT unset: benchmarks/results). IBKERNELS_DRY=1: the same at toy sizes in Triton's interpreter.
+"""
+
+import datetime
+import gc
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gpu_problems import DRY, MEASURED, keep_regimes_apart, peak_bytes
+from benchmarks.gpu_report import report
+from benchmarks.measure import interleave, relative_error, timed, write_record
+
+ROUNDS = 2 if DRY else 25
+ROOT = Path(__file__).parents[1]
+_AHEAD_CYCLES = 4_000_000  # about 2 ms in which the host queues a whole step, so that the device never waits for it
+
+
+class DeviceTimer:
+    """Seconds of device time of one call, from events, with a cold L2 and the launches already queued."""
+
+    def __init__(self) -> None:
+        cache = torch.cuda.get_device_properties().L2_cache_size
+        self.buffer = torch.zeros(cache, dtype=torch.float32, device="cuda")  # four times as large
+        self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def __call__(self, step: Callable[[], object]) -> float:
+        self.buffer.sum()  # reading leaves clean lines: written ones would be evicted at the step's expense
+        torch.cuda._sleep(_AHEAD_CYCLES)
+        self.start.record()
+        result = step()
+        self.end.record()
+        self.end.synchronize()
+        del result
+        return self.start.elapsed_time(self.end) / 1e3
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; 1 where one of our own ops did not pass its gate."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    if len(arguments) == 2 and arguments[0] == "report":
+        print(report(json.loads(Path(arguments[1]).read_text())))
+        return 0
+    if arguments:
+        print("usage: python -m benchmarks.gpu [report FILE]", file=sys.stderr)
+        return 2
+    if DRY:
+        os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+        keep_regimes_apart()
+    elif not torch.cuda.is_available():
+        print("there is no GPU; IBKERNELS_DRY=1 runs the same code without one", file=sys.stderr)
+        return 2
+    record: dict[str, Any] = {
+        "command": "python -m benchmarks.gpu", "dry": DRY, **environment(), "shape": MEASURED._asdict(), "cases": {},
+    }  # fmt: skip
+    folder = Path(os.environ.get("OUT") or ("runs" if DRY else "benchmarks/results"))
+    name = "dry" if DRY else re.sub(r"[^a-z0-9]+", "-", record["device"]["name"].lower()).strip("-")
+    record["cases"] = measure(lambda cases: write_record(folder / f"gpu-{name}.json", {**record, "cases": cases}))
+    print(report(record))
+    return 1 if any("ibkernels" in case["left_out"] for case in record["cases"].values()) else 0
+
+
+def measure(save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Every case's errors, peak memory and samples; saved after each, so that a late failure costs one case."""
+    import torch._functorch.config as functorch_config
+
+    from benchmarks.gpu_cases import cases
+
+    # A timed backward pass runs again and again over the same graph.
+    functorch_config.donated_buffer = False  # type: ignore[attr-defined, unused-ignore]
+    torch.manual_seed(0)
+    timer = timed if DRY else DeviceTimer()
+    results: dict[str, Any] = {}
+    for case in cases():
+        results[case.name] = measure_case(case, timer)
+        save(results)
+        del case
+        gc.collect()
+        if not DRY:
+            torch.cuda.empty_cache()
+    return results
+
+
+def measure_case(case: Any, timer: Callable[[Callable[[], object]], float]) -> dict[str, Any]:
+    """One case's part of the record."""
+    from benchmarks.gpu_cases import TOLERANCE
+
+    exact = case.exact()
+    left_out, errors, peaks = dict(case.left_out), {}, {}
+    steps: dict[str, Callable[[], object]] = {}
+    for name in case.calls:
+        try:
+            actual = case.run(name, True)
+            errors[name] = max(relative_error(actual.get(key), expected) for key, expected in exact.items())
+            del actual
+            if not errors[name] <= TOLERANCE:
+                left_out[name] = f"differs from float64 by {errors[name]:.2g} (accepted: {TOLERANCE:.0e})"
+                continue
+            peaks[name] = peak_bytes(lambda name=name: case.run(name, False))  # type: ignore[misc]
+            steps[name] = case.step(name)
+        except Exception as error:  # another library's, or out of memory: the others are measured all the same
+            left_out[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        gc.collect()
+    del exact
+    samples = interleave({**steps, **case.floors}, ROUNDS, timer)
+    return {
+        "relative_error": errors, "peak_bytes": peaks, "moved_bytes": case.moved,
+        "left_out": left_out, "seconds": samples,
+    }  # fmt: skip
+
+
+def environment() -> dict[str, Any]:
+    """What a record says of where it was made. No host or user names."""
+    device: dict[str, Any] = {"name": "Triton's interpreter"}
+    if not DRY:
+        properties = torch.cuda.get_device_properties()
+        device = {
+            "name": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "memory_bytes": properties.total_memory,
+            "multiprocessors": properties.multi_processor_count,
+            "l2_bytes": properties.L2_cache_size,
+            "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0],
+        }
+    versions = {name: version(name) for name in ("torch", "triton", "numpy")}
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": _output("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"),
+        "device": device,
+        "versions": {
+            "python": platform.python_version(), **versions, "cuda": torch.version.cuda, "hip": torch.version.hip,
+        },
+    }  # fmt: skip
+
+
+def _output(*command: str) -> str:
+    """What a program prints; "" where it is not there or fails."""
+    if shutil.which(command[0]) is None:
+        return ""
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout.strip()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,239 @@
+"""What a training loop relies on: determinism, graphs, compilation, no waits, recomputation, memory."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import ibkernels
+from benchmarks.gpu_problems import (
+    DEVICE,
+    DRY,
+    MEASURED,
+    SHAPES,
+    Named,
+    Shape,
+    bottleneck_head_inputs,
+    encoder_inputs,
+    head_inputs,
+    leaves,
+    peak_bytes,
+    synchronise,
+    upstream_of,
+    weight_of,
+    with_gradients,
+)
+
+DTYPE = torch.float16 if DRY else torch.bfloat16  # which the interpreter cannot round to
+SHAPE = SHAPES["small" if DRY else "7B"]
+
+
+class Step:
+    """Forward and backward pass of an op: called with an rng tensor, it gives outputs and gradients."""
+
+    def __init__(self, inputs: Named, forward: Callable[[Tensor], Named]) -> None:
+        self.inputs, self.forward = inputs, forward
+        self.upstream: list[Tensor] | None = None  # made once: a captured graph may not draw it
+
+    def __call__(self, rng: Tensor) -> Named:
+        outputs = self.forward(rng)
+        if self.upstream is None:
+            self.upstream = upstream_of(outputs)
+        return with_gradients(outputs, self.inputs, self.upstream)
+
+
+def bottleneck(shape: Shape, encoder: str) -> Step:
+    inputs = leaves(encoder_inputs(shape, encoder, DTYPE))
+
+    def forward(rng: Tensor) -> Named:
+        z, kl = ibkernels.variational_bottleneck(
+            inputs["hidden"], weight_of(inputs), inputs["bias"], rng, backend="triton"
+        )
+        return {"z": z, "kl": kl}
+
+    return Step(inputs, forward)
+
+
+def encode(shape: Shape) -> Step:
+    inputs = leaves(encoder_inputs(shape, "linear", DTYPE))
+
+    def forward(rng: Tensor) -> Named:
+        mu, logvar = ibkernels.encode(inputs["hidden"], weight_of(inputs), inputs["bias"], backend="triton")
+        return {"mu": mu, "logvar": logvar}
+
+    return Step(inputs, forward)
+
+
+def head(shape: Shape, width: int, frozen: tuple[str, ...] = ()) -> Step:
+    inputs, labels = head_inputs(shape.tokens, width, shape.vocabulary, DTYPE)
+    inputs = leaves(inputs, None, frozen)
+
+    def forward(rng: Tensor) -> Named:
+        loss: Any = ibkernels.linear_cross_entropy(**inputs, labels=labels, backend="triton")
+        return {"loss": loss}
+
+    return Step(inputs, forward)
+
+
+def bottleneck_head(shape: Shape, absorb: bool) -> Step:
+    inputs, labels = bottleneck_head_inputs(shape, DTYPE)
+    inputs = leaves(inputs, None, ("head_weight",))
+
+    def forward(rng: Tensor) -> Named:
+        loss: Any = ibkernels.bottleneck_cross_entropy(**inputs, labels=labels, absorb=absorb, backend="triton")
+        return {"loss": loss}
+
+    return Step(inputs, forward)
+
+
+STEPS: dict[str, Callable[[Shape], Step]] = {
+    "bottleneck, linear": lambda shape: bottleneck(shape, "linear"),
+    "bottleneck, LoRA": lambda shape: bottleneck(shape, "lora"),
+    "encode": encode,
+    "narrow head": lambda shape: head(shape, shape.width),
+    "wide head": lambda shape: head(shape, shape.hidden, ("weight",)),
+    "bottleneck head, absorbed": lambda shape: bottleneck_head(shape, True),
+    "bottleneck head, unabsorbed": lambda shape: bottleneck_head(shape, False),
+}
+each_op = pytest.mark.parametrize("op", STEPS)
+each_encoder = pytest.mark.parametrize("encoder", ["linear", "LoRA"])
+
+
+def rng_of(offset: int) -> Tensor:
+    return torch.tensor([7, offset], device=DEVICE)
+
+
+def assert_same(one: Named, other: Named) -> None:
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+@each_op
+def test_two_runs_agree_bit_for_bit(op: str) -> None:
+    step = STEPS[op](SHAPE)
+    first = step(rng_of(1))
+    for _ in range(2):
+        assert_same(first, step(rng_of(1)))
+
+
+@each_op
+def test_nothing_waits_for_the_device(op: str) -> None:
+    step, rng = STEPS[op](SHAPE), rng_of(1)
+    step(rng)  # compiles, and fills caches of the device's properties
+    with no_waiting():
+        step(rng)
+
+
+@each_op
+def test_a_graph_replays_what_a_call_gives(op: str) -> None:
+    """With the (seed, offset) that the tensor holds at each replay."""
+    step, rng = STEPS[op](SHAPE), rng_of(0)
+    replay = captured(lambda: step(rng))
+    before: Named = {}
+    for offset in (1, 2):
+        rng.copy_(rng_of(offset))
+        results = replay()
+        assert_same(results, step(rng_of(offset)))
+        if before and op.startswith("bottleneck, "):
+            assert not torch.equal(before["z"], results["z"])
+        before = results
+
+
+@each_encoder
+def test_a_graph_that_draws_its_own_rng_state_replays_with_fresh_noise(encoder: str) -> None:
+    step = STEPS[f"bottleneck, {encoder}"](SHAPE)
+    replay = captured(lambda: step(ibkernels.rng_state(DEVICE)))
+    first, second = replay(), replay()
+    assert not torch.equal(first["z"], second["z"])
+    assert torch.equal(first["kl"], second["kl"])
+
+
+@each_op
+def test_compiles_without_a_graph_break(op: str) -> None:
+    """The kernels are opaque to the compiler; of what is about them, a division may be fused and rounded otherwise."""
+    step = STEPS[op](SHAPE)
+    expected = step(rng_of(1))
+    torch.compiler.reset()
+    step.forward = torch.compile(step.forward, fullgraph=True, backend="aot_eager" if DRY else "inductor")
+    for name, tensor in step(rng_of(1)).items():
+        torch.testing.assert_close(tensor, expected[name], rtol=2 * torch.finfo(tensor.dtype).eps, atol=0)
+
+
+@each_encoder
+def test_recomputation_in_backward_draws_the_same_noise(encoder: str) -> None:
+    inputs = leaves(encoder_inputs(SHAPE, "linear" if encoder == "linear" else "lora", DTYPE))
+
+    def layer(hidden: Tensor) -> Tensor:
+        rng = ibkernels.rng_state(DEVICE)
+        z, kl = ibkernels.variational_bottleneck(hidden, weight_of(inputs), inputs["bias"], rng, backend="triton")
+        return (z.float().square() * kl[:, None]).sum()
+
+    results = []
+    for recompute in (False, True):
+        torch.manual_seed(3)
+        loss = checkpoint(layer, inputs["hidden"], use_reentrant=False) if recompute else layer(inputs["hidden"])
+        gradients = torch.autograd.grad(loss, list(inputs.values()))
+        results.append({"loss": loss.detach(), **dict(zip(inputs, gradients, strict=True))})
+    assert_same(*results)
+
+
+def budgets() -> dict[str, int]:
+    """Bytes beyond inputs and outputs that forward and backward may hold at N=16384, H=4096, K=256, V=102400, bf16."""
+    n, h, k, r, v = MEASURED
+    small = 32 * 2**20  # partial sums, vectors of N or V, float32 gradients of small parameters
+    logits = 256 * 2**20 * 3 // 2  # a block of float32 logits, and its gradient in bfloat16
+    return {
+        "bottleneck, linear": n * k * (2 + 4) + 2 * n * k * 2 + small,  # mu, raw logvar; the gradient of both
+        "bottleneck, LoRA": 2 * n * r * 2 + small,  # t and its gradient
+        "encode": 3 * 2 * n * k * 4 + small,  # [mu | logvar] and its gradient in float32
+        "narrow head": n * k * 4 + 2 * v * k * 4 + small,  # the pull of the softmax, the head's float32 gradient
+        "wide head": logits + n * h * 2 + small,  # and the gradient that backward scales
+        "bottleneck head, absorbed": 300 * 10**6,
+        "bottleneck head, unabsorbed": logits + 3 * n * h * 4 + small,
+    }
+
+
+@each_op
+def test_memory_stays_within_its_budget(op: str) -> None:
+    step, rng = STEPS[op](MEASURED), rng_of(1)
+    peak, budget = peak_bytes(lambda: step(rng)), budgets()[op]
+    assert peak <= budget, f"{peak / 1e6:.0f} MB beyond inputs and outputs, of {budget / 1e6:.0f} MB"
+
+
+@contextlib.contextmanager
+def no_waiting() -> Iterator[None]:
+    """Makes a wait of the host for the device an error (dry mode: nothing)."""
+    if DRY:
+        yield
+        return
+    synchronise()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def captured(step: Callable[[], Named]) -> Callable[[], Named]:
+    """Captures a CUDA graph of the step; each call of the result replays it (dry mode: runs the step)."""
+    if DRY:
+        return step
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = step()
+
+    def replay() -> Named:
+        graph.replay()
+        return {name: tensor.clone() for name, tensor in outputs.items()}
+
+    return replay

@@ -3,7 +3,6 @@
 A backend that `ibkernels.backends` gains is tested without a line changed here. Uninitialised memory is NaN throughout.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -12,9 +11,6 @@ import torch
 from torch import Tensor
 
 from ibkernels import backends
-
-# Before Triton is imported: its kernels run on the CPU, in its interpreter. (On a GPU, tests/gpu runs them there.)
-os.environ["TRITON_INTERPRET"] = "1"
 
 # What a backend may err even where plain torch happens to be exact, relative to a tensor's largest value: one rounding
 # to a low-precision dtype, four in float32, whose sums every backend may order as it likes.

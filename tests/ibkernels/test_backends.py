@@ -76,12 +76,15 @@ def test_other_devices_are_told_apart():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("op", backends.OPS)
 def test_triton_is_the_first_choice_on_a_gpu(op, dtype, monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    backends._select.cache_clear()
     assert backends.select(op, "cuda", dtype) == (backends._BACKENDS[0], "first choice here")
     assert backends.select(op, "cuda", torch.float64).backend.name == "reference"
 
 
 def test_on_a_cpu_triton_is_interpreted_and_only_where_asked_for(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    backends._select.cache_clear()
     assert backends.select("encode", "cpu", torch.float32).backend.name == "reference"
     assert backends.select("encode", "cpu", torch.float32, "triton").backend.name == "triton"
     with pytest.raises(ValueError, match="does not round to"):

@@ -117,6 +117,7 @@ def test_normals_equal_box_muller_in_double(target):
         torch.testing.assert_close(got.double(), torch.tensor(exact, dtype=torch.float64), rtol=0, atol=1e-6)
 
 
+@pytest.mark.large
 def test_float32_agrees_with_float64_to_the_contract(target):
     rng, rows = torch.tensor([SEED, OFFSET]), torch.arange(8000)
     double = reference.noise(rng, rows, 256, torch.float64)
@@ -151,6 +152,7 @@ def test_nothing_to_draw(target, n, columns):
 # stream exceeds once in 150 000.
 
 
+@pytest.mark.large
 def test_moments(target):
     sample = draw(target, 2024, 11, torch.arange(4096), 256).double()
     n = sample.numel()
@@ -164,12 +166,14 @@ def test_moments(target):
         assert stats.kstest(means.numpy(), "norm").pvalue > 1e-3
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("columns", [1, 2, 16, 100])
 def test_kolmogorov_smirnov(target, columns):
     sample = draw(target, 99, 3, torch.arange(200_000 // columns), columns)
     assert stats.kstest(sample.flatten().numpy(), "norm").pvalue > 1e-3
 
 
+@pytest.mark.large
 def test_no_correlation_across_rows_columns_steps_and_seeds(target):
     base = draw(target, 2024, 11, torch.arange(4096), 64)
     pairs = {

@@ -1,5 +1,6 @@
 """The GPU's path for wide heads, at the width of a test: blocks of logits, and the fused kernel on them."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 import ibkernels
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="with a GPU, tests/gpu does this")
 N, V, D = 37, 50, 24
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -1,4 +1,4 @@
-"""Launch configurations: one table of shipped ones, per kernel, element size and chip; a search only if asked for.
+"""Launch configurations: one table of shipped ones, per kernel, element size, width and chip.
 
 What the table names was compiled for the chips it names (`python -m ibkernels.aot` does so again): registers, spills
 and shared memory are facts. Which of several is fastest is not confirmed by any GPU yet, except where a record under

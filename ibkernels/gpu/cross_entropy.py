@@ -17,18 +17,9 @@ from torch import Tensor
 
 from ibkernels.gpu import configs
 from ibkernels.gpu.launch import dot_precision
+from ibkernels.gpu.softmax import LOG2E, LOWEST, softcapped
 from ibkernels.options import LogitOptions
 from ibkernels.reference.cross_entropy import CrossEntropyResult
-
-_LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-_LOWEST: tl.constexpr = tl.constexpr(-1.0e38)  # not -inf, whose difference from itself is not a number
-
-
-@triton.jit
-def softcapped(x, softcap):
-    """softcap * tanh(x / softcap), and its slope."""
-    tanh = 1.0 - 2.0 / (tl.exp2((2.0 * 1.4426950408889634 / softcap) * x) + 1.0)
-    return softcap * tanh, 1.0 - tanh * tanh
 
 
 @triton.jit
@@ -64,7 +55,7 @@ def cross_entropy_fwd_kernel(
     o_d = tl.arange(0, BD)
     in_n, in_d = o_n < N, o_d < D
     b_x = tl.load(x + o_n.to(tl.int64)[:, None] * D + o_d[None, :], mask=in_n[:, None] & in_d[None, :], other=0.0)
-    b_peak = tl.full((BM,), _LOWEST, tl.float32)
+    b_peak = tl.full((BM,), LOWEST, tl.float32)
     b_total = tl.zeros((BM,), tl.float32)
     b_logit_sum = tl.zeros((BM,), tl.float32)
     b_weighted = tl.zeros((BM,), tl.float32)
@@ -90,9 +81,9 @@ def cross_entropy_fwd_kernel(
         logits = tl.where(in_v[None, :], logits, float("-inf"))
         highest = tl.max(logits, 1)
         new_peak = tl.maximum(b_peak, highest)
-        decay = tl.exp2((b_peak - new_peak) * _LOG2E)
+        decay = tl.exp2((b_peak - new_peak) * LOG2E)
         shifted = logits - new_peak[:, None]
-        exp = tl.exp2(shifted * _LOG2E)
+        exp = tl.exp2(shifted * LOG2E)
         if STATS:
             b_best = tl.where(highest > b_peak, v + tl.argmax(logits, 1), b_best)
             # The old terms lose (new_peak - b_peak) each; nothing has been summed while the maximum is the lowest.
@@ -178,11 +169,11 @@ def cross_entropy_finish_kernel(
     if SOFTCAP:
         target_logit, target_slope = softcapped(target_logit, softcap)
 
-    b_peak = tl.full((BM,), _LOWEST, tl.float32)
+    b_peak = tl.full((BM,), LOWEST, tl.float32)
     b_best = tl.zeros((BM,), tl.int32)
     o_s = o_n.to(tl.int64)
     for _ in range(0, S):
-        split_peak = tl.load(peak + o_s, mask=in_n, other=_LOWEST)
+        split_peak = tl.load(peak + o_s, mask=in_n, other=LOWEST)
         if STATS:
             b_best = tl.where(split_peak > b_peak, tl.load(best + o_s, mask=in_n, other=0), b_best)
         b_peak = tl.maximum(b_peak, split_peak)
@@ -194,8 +185,8 @@ def cross_entropy_finish_kernel(
     b_slope_sum = tl.zeros((BM, BD), tl.float32)
     o_s = o_n.to(tl.int64)
     for _ in range(0, S):
-        below = tl.load(peak + o_s, mask=in_n, other=_LOWEST) - b_peak
-        decay = tl.exp2(below * _LOG2E)
+        below = tl.load(peak + o_s, mask=in_n, other=LOWEST) - b_peak
+        decay = tl.exp2(below * LOG2E)
         split_total = tl.load(total + o_s, mask=in_n, other=0.0)
         b_total += split_total * decay
         if SMOOTH:
@@ -294,7 +285,7 @@ def cross_entropy_bwd_weight_kernel(
             logits += b_bias[:, None]
         if SOFTCAP:
             logits, slope = softcapped(logits, softcap)
-        p = tl.exp2((logits - b_peak[None, :]) * _LOG2E) * factor[None, :]
+        p = tl.exp2((logits - b_peak[None, :]) * LOG2E) * factor[None, :]
         grad = p - label_smoothing / V - tl.where(o_v[:, None] == target[None, :], 1.0 - label_smoothing, 0.0)
         if SOFTCAP:
             grad *= slope

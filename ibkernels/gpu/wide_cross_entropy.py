@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ibkernels.gpu import configs
-from ibkernels.gpu.cross_entropy import _LOG2E, _LOWEST, softcapped
 from ibkernels.gpu.launch import mm_float32
+from ibkernels.gpu.softmax import LOG2E, LOWEST, softcapped
 from ibkernels.options import LogitOptions
 from ibkernels.reference.cross_entropy import CrossEntropyResult
 
@@ -60,7 +60,7 @@ def softmax_grad_kernel(
     if SOFTCAP:
         target_logit, _ = softcapped(target_logit, softcap)
     # Running values per lane, put together once at the end: no reduction inside the loop.
-    b_peak = tl.full((BV,), _LOWEST, tl.float32)
+    b_peak = tl.full((BV,), LOWEST, tl.float32)
     b_total = tl.zeros((BV,), tl.float32)
     b_logit_sum = tl.zeros((BV,), tl.float32)
     b_weighted = tl.zeros((BV,), tl.float32)
@@ -77,9 +77,9 @@ def softmax_grad_kernel(
             b_logit_sum += tl.where(in_v, b_logits, 0.0)
         b_logits = tl.where(in_v, b_logits, float("-inf"))
         new_peak = tl.maximum(b_peak, b_logits)
-        decay = tl.exp2((b_peak - new_peak) * _LOG2E)
+        decay = tl.exp2((b_peak - new_peak) * LOG2E)
         shifted = b_logits - new_peak
-        exp = tl.exp2(shifted * _LOG2E)
+        exp = tl.exp2(shifted * LOG2E)
         if STATS:
             b_best = tl.where(b_logits > b_peak, o_v, b_best)
             lost = tl.where(b_total > 0, (b_peak - new_peak) * b_total, 0.0)
@@ -88,7 +88,7 @@ def softmax_grad_kernel(
         b_peak = new_peak
     peak = tl.max(b_peak, 0)
     below = b_peak - peak
-    decay = tl.exp2(below * _LOG2E)
+    decay = tl.exp2(below * LOG2E)
     total = tl.sum(b_total * decay, 0)
     log_total = tl.log(total)
     row_lse = log_total + peak
@@ -116,7 +116,7 @@ def softmax_grad_kernel(
                 b_logits += tl.load(bias + o_v, mask=in_v, other=0.0)
             if SOFTCAP:
                 b_logits, slope = softcapped(b_logits, softcap)
-            b_grad = tl.exp2((b_logits - peak) * _LOG2E) * factor - label_smoothing / V
+            b_grad = tl.exp2((b_logits - peak) * LOG2E) * factor - label_smoothing / V
             b_grad -= tl.where(o_v == target, 1.0 - label_smoothing, 0.0)
             if SOFTCAP:
                 b_grad *= slope

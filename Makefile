@@ -11,7 +11,7 @@ CSRC := $(shell find ibkernels/csrc -type f)
 GPU_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 DRY_RUN := $(if $(filter-out 0,$(DRY)),IBKERNELS_DRY=1 TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES=)
 
-.PHONY: demo test test-slow bench gpu aot lint format install clean
+.PHONY: demo test test-slow bench gpu aot sanitize lint format install clean
 
 demo: $(INSTALLED)
 	$(BIN)/ibft lab demo --output_dir runs/demo --overwrite
@@ -35,6 +35,21 @@ gpu:
 
 aot: $(INSTALLED)
 	$(BIN)/python -m ibkernels.aot
+
+# The C++ tests, and the op tests of the C++ backend in a copy of the sources with a sanitized library, on two threads.
+# Python itself is not sanitized, hence the preload (of libstdc++ for exceptions), and leaks on purpose.
+SANITIZED := build/sanitize
+sanitize: $(INSTALLED)
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B $(SANITIZED) -G Ninja -DPython3_EXECUTABLE=$(BIN)/python -DIBKERNELS_SANITIZE=ON
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build $(SANITIZED)
+	ctest --test-dir $(SANITIZED) --output-on-failure
+	rm -rf $(SANITIZED)/tree && mkdir $(SANITIZED)/tree
+	cp -r benchmarks ibft ibkernels tests pyproject.toml $(SANITIZED)/tree
+	cp $(SANITIZED)/libibkernels_cpu.so $(SANITIZED)/_native_build.json $(SANITIZED)/tree/ibkernels
+	cd $(SANITIZED)/tree && LD_PRELOAD="$(foreach lib,libasan.so libstdc++.so,$$($${CXX:-c++} -print-file-name=$(lib)))" ASAN_OPTIONS=detect_leaks=0 \
+	  UBSAN_OPTIONS=print_stacktrace=1 IBKERNELS_REQUIRE_CPP=1 OMP_NUM_THREADS=2 $(CURDIR)/$(BIN)/python -m pytest \
+	  tests/ibkernels/test_bottleneck.py tests/ibkernels/test_cross_entropy.py tests/ibkernels/test_noise.py \
+	  tests/ibkernels/test_native.py -k "cpp or native" -p no:cacheprovider --capture=sys
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

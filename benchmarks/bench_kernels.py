@@ -35,14 +35,22 @@ class Size(NamedTuple):
 
 
 class Case(NamedTuple):
-    """Implementations of one op, "eager" being the formula; those inputs that require gradients get them."""
+    """Implementations of one op, "eager" being the formula; those inputs that require gradients get them.
 
+    `floor`, where there is one, is no implementation: the library GEMMs that the op cannot do without, forward alone or
+    with the backward pass.
+    """
+
+    sizes: dict[str, Size]
     inputs: Callable[[Size], Inputs]
     implementations: dict[str, Op]
+    floor: Callable[[Inputs, str], None] | None = None
 
 
 ENCODER_SIZES = {"toy": Size(32, 32, 8, 4), "full": Size(4096, 1024, 256)}
 HEAD_SIZES = {"toy": Size(40, 32, 8, vocabulary=64), "full": Size(1024, 1024, 128)}
+BOTTLENECK_HEAD_SIZES = {"toy": Size(40, 32, 8, vocabulary=64), "full": Size(2048, 2048, 128)}
+ABSORBED_SIZES = {"toy": Size(40, 32, 8, vocabulary=64), "full": Size(1024, 1024, 256)}
 
 
 def _linear_inputs(size: Size) -> Inputs:
@@ -58,6 +66,12 @@ def _lora_inputs(size: Size) -> Inputs:
 def _head_inputs(size: Size) -> Inputs:
     """The model's own head, frozen."""
     return _hidden(size), _trainable(size.vocabulary, size.hidden).detach(), _labels(size)
+
+
+def _absorbed_inputs(size: Size) -> Inputs:
+    """The bottleneck's z and the absorbed weight M [V, K], whose gradient is wanted."""
+    z = torch.randn(size.tokens, size.bottleneck, requires_grad=True)
+    return z, _trainable(size.vocabulary, size.bottleneck), _labels(size)
 
 
 def _bottleneck_head_inputs(size: Size) -> Inputs:
@@ -117,18 +131,38 @@ def _bottleneck_head(inputs: Inputs, rng: Tensor | None) -> Inputs:
     return (_loss(ibkernels.bottleneck_cross_entropy(*inputs)),)
 
 
-TORCH_HEAD: dict[str, Op] = {"torch chunk=auto": _torch_head}
-TORCH_HEAD |= {f"torch chunk={chunk}": partial(_torch_head, chunk=chunk) for chunk in (64, 256, 1024)}
+def _linear_gemms(inputs: Inputs, passes: str) -> None:
+    """hidden W^T; G W and G^T hidden."""
+    hidden, _, weight = (tensor.detach() for tensor in inputs)
+    grad = hidden @ weight.T
+    if passes != "forward":
+        _ = grad @ weight, grad.T @ hidden
+
+
+def _head_gemms(inputs: Inputs, passes: str) -> None:
+    """x W^T; G W and, for a weight that is trained, G^T x."""
+    input, weight = inputs[0].detach(), inputs[1].detach()
+    grad = input @ weight.T
+    if passes != "forward":
+        _ = grad @ weight, grad.T @ input if inputs[1].requires_grad else None
+
+
+TORCH_HEAD: dict[str, Op] = {}
+if hasattr(F, "linear_cross_entropy"):
+    TORCH_HEAD["torch chunk=auto"] = _torch_head
+    TORCH_HEAD |= {f"torch chunk={chunk}": partial(_torch_head, chunk=chunk) for chunk in (64, 256, 512, 1024)}
+HEADS: dict[str, Op] = {"eager": _eager_head, "ibkernels": _head, **TORCH_HEAD}
 CASES = {
-    "encode, linear": Case(_linear_inputs, {"eager": _eager_encode, "ibkernels": _encode}),
-    "encode, LoRA": Case(_lora_inputs, {"eager": _eager_encode, "ibkernels": _encode}),
-    "bottleneck, linear": Case(_linear_inputs, {"eager": _eager_bottleneck, "ibkernels": _bottleneck}),
-    "bottleneck, LoRA": Case(_lora_inputs, {"eager": _eager_bottleneck, "ibkernels": _bottleneck}),
-    "linear CE": Case(
-        _head_inputs,
-        {"eager": _eager_head, "ibkernels": _head, **(TORCH_HEAD if hasattr(F, "linear_cross_entropy") else {})},
+    "encode, linear": Case(ENCODER_SIZES, _linear_inputs, {"eager": _eager_encode, "ibkernels": _encode}),
+    "encode, LoRA": Case(ENCODER_SIZES, _lora_inputs, {"eager": _eager_encode, "ibkernels": _encode}),
+    "bottleneck, linear": Case(
+        ENCODER_SIZES, _linear_inputs, {"eager": _eager_bottleneck, "ibkernels": _bottleneck}, _linear_gemms
     ),
+    "bottleneck, LoRA": Case(ENCODER_SIZES, _lora_inputs, {"eager": _eager_bottleneck, "ibkernels": _bottleneck}),
+    "linear CE": Case(HEAD_SIZES, _head_inputs, HEADS, _head_gemms),
+    "absorbed CE": Case(ABSORBED_SIZES, _absorbed_inputs, HEADS, _head_gemms),
     "bottleneck CE": Case(
+        BOTTLENECK_HEAD_SIZES,
         _bottleneck_head_inputs,
         {"eager": _eager_bottleneck_head, "eager absorbed": _eager_absorbed_head, "ibkernels": _bottleneck_head},
     ),
@@ -144,7 +178,7 @@ def test_op(
 ) -> None:
     case, name = CASES[implementation[0]], implementation[1]
     torch.manual_seed(0)
-    inputs = case.inputs((HEAD_SIZES if "CE" in implementation[0] else ENCODER_SIZES)[size_name])
+    inputs = case.inputs(case.sizes[size_name])
     benchmark.group = f"{implementation[0]}, {passes}"
     step, baseline = (partial(_run, case.implementations[one], inputs, passes) for one in (name, "eager"))
     rng = torch.tensor([0, 1])
@@ -153,6 +187,18 @@ def test_op(
     assert error <= TOLERANCE
     del exact
     paired(step, baseline, relative_error=error)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.floor is not None])
+@pytest.mark.parametrize("passes", ["forward", "forward+backward"])
+def test_floor(name: str, passes: str, size_name: str, benchmark: Any, paired: Callable[..., None]) -> None:
+    """The library GEMMs alone, beside eager."""
+    case = CASES[name]
+    assert case.floor is not None
+    torch.manual_seed(0)
+    inputs = case.inputs(case.sizes[size_name])
+    benchmark.group = f"{name}, {passes}"
+    paired(partial(case.floor, inputs, passes), partial(_run, case.implementations["eager"], inputs, passes))
 
 
 @pytest.mark.benchmark(group="noise, forward")

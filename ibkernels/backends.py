@@ -17,6 +17,7 @@ import torch
 
 OPS = ("variational_bottleneck", "encode", "linear_cross_entropy", "bottleneck_cross_entropy", "noise")
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_CPP_FLOATS = (torch.float32, torch.bfloat16)
 _TRITON_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -79,7 +80,8 @@ def native_library() -> NativeLibrary:
         torch.ops.load_library(folder / build["library"])
     except OSError as error:
         return NativeLibrary(False, f"{build['library']} does not load: {error}")
-    return NativeLibrary(True, f"{build['library']}, built for torch {build['torch']} by {build['compiler']}")
+    built = f"built for torch {build['torch']} by {build['compiler']}"
+    return NativeLibrary(True, f"{build['library']}, {built}; {torch.ops.ibkernels_cpu.instruction_set()} kernels")
 
 
 def report() -> str:
@@ -131,10 +133,10 @@ def _reference_refusal(op: str, device_type: str, dtype: torch.dtype) -> str | N
 def _cpp_refusal(op: str, device_type: str, dtype: torch.dtype) -> str | None:
     if device_type != "cpu":
         return f"it serves the CPU, not {device_type}"
-    if op != "noise":
-        return "it has no kernel for this op in this version"
-    if dtype != torch.float32:
-        return f"it takes torch.float32, not {dtype}"
+    if op == "encode":
+        return "it has no kernel for this op, which is a library GEMM and a clamp"
+    if dtype not in _CPP_FLOATS:
+        return f"it takes {' and '.join(str(float_) for float_ in _CPP_FLOATS)}, not {dtype}"
     native = native_library()
     return None if native.loaded else f"the native library is absent ({native.reason})"
 

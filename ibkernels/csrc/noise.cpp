@@ -8,13 +8,15 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 
+#include "kernels.h"
 #include "philox.h"
 
 namespace ibkernels {
 namespace {
 
-// About 100 us of work on one core: enough that starting a thread for it pays.
+// Some 20 us of work on one core: enough that starting a thread for it pays.
 constexpr int64_t kValuesPerTask = 8192;
 
 void check_inputs(const at::Tensor& rng, const at::Tensor& rows, int64_t columns) {
@@ -27,41 +29,42 @@ void check_inputs(const at::Tensor& rng, const at::Tensor& rows, int64_t columns
   TORCH_CHECK(columns >= 0 && columns <= INT32_MAX, "columns must be between 0 and 2147483647; got ", columns, ".");
 }
 
-// out[n, c] = element lane_of(c) of draw(words of the call that serves (rows[n], c)).
-template <typename T, typename Draw>
-at::Tensor fill(const at::Tensor& rng, const at::Tensor& rows, int64_t columns, at::ScalarType dtype, const Draw& draw) {
-  check_inputs(rng, rows, columns);
-  const at::Tensor state = rng.contiguous();
+// An [N, columns] tensor whose rows `fill(row id, row)` writes, in parallel.
+template <typename T, typename Fill>
+at::Tensor fill_rows(const at::Tensor& rows, int64_t columns, at::ScalarType dtype, const Fill& fill) {
   const at::Tensor ids = rows.contiguous();
-  const philox::Stream stream(static_cast<uint64_t>(state.const_data_ptr<int64_t>()[0]),
-                              static_cast<uint64_t>(state.const_data_ptr<int64_t>()[1]));
-  at::Tensor out = at::empty({ids.size(0), columns}, rows.options().dtype(dtype));
-
-  const int64_t* id = ids.const_data_ptr<int64_t>();
+  const at::Tensor out = at::empty({ids.size(0), columns}, rows.options().dtype(dtype));
+  const int64_t* const id = ids.const_data_ptr<int64_t>();
   T* const data = out.mutable_data_ptr<T>();
   const int64_t grain = std::max<int64_t>(1, kValuesPerTask / std::max<int64_t>(1, columns));
   at::parallel_for(0, ids.size(0), grain, [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n) {
-      T* const row = data + n * columns;
-      philox::for_each_call(stream, static_cast<uint32_t>(id[n]), columns,
-                            [&](const philox::Words& words, int64_t first_column) {
-                              const auto values = draw(words);
-                              for (int lane = 0; lane < 4; ++lane) {
-                                const int64_t column = first_column + philox::kLaneColumn[lane];
-                                if (column < columns) row[column] = static_cast<T>(values[lane]);
-                              }
-                            });
-    }
+    for (int64_t n = begin; n < end; ++n) fill(static_cast<uint32_t>(id[n]), data + n * columns);
   });
   return out;
 }
 
+std::array<uint64_t, 2> seed_and_offset(const at::Tensor& rng) {
+  return {static_cast<uint64_t>(rng[0].item<int64_t>()), static_cast<uint64_t>(rng[1].item<int64_t>())};
+}
+
 at::Tensor philox_bits(const at::Tensor& rng, const at::Tensor& rows, int64_t columns) {
-  return fill<int64_t>(rng, rows, columns, at::kLong, [](const philox::Words& words) { return words; });
+  check_inputs(rng, rows, columns);
+  const auto [seed, offset] = seed_and_offset(rng);
+  const philox::Stream stream(seed, offset);
+  return fill_rows<int64_t>(rows, columns, at::kLong, [&](uint32_t row, int64_t* out) {
+    for (int64_t column = 0; column < columns; ++column) {
+      out[column] = stream.call(row, philox::group_of(column)).lane[philox::lane_of(column)];
+    }
+  });
 }
 
 at::Tensor philox_normal(const at::Tensor& rng, const at::Tensor& rows, int64_t columns) {
-  return fill<float>(rng, rows, columns, at::kFloat, philox::normals);
+  check_inputs(rng, rows, columns);
+  const auto [seed, offset] = seed_and_offset(rng);
+  const auto draw = kernels().fill_normals;
+  return fill_rows<float>(rows, columns, at::kFloat, [&, seed = seed, offset = offset](uint32_t row, float* out) {
+    draw(seed, offset, row, columns, out);
+  });
 }
 
 }  // namespace

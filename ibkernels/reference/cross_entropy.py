@@ -4,7 +4,7 @@ The head of the information bottleneck is that of the model behind an up-project
 them the two are one matrix (`absorb`), of the bottleneck's width.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -113,6 +113,9 @@ def linear_cross_entropy(
     return CrossEntropyResult(losses, lse, entropy, correct, grad_input, grad_weight, grad_bias)
 
 
+LinearCrossEntropy = Callable[..., CrossEntropyResult]  # called as `linear_cross_entropy`
+
+
 def bottleneck_cross_entropy(
     z: Tensor,  # [N, K]
     up_weight: Tensor,  # [H, K]
@@ -125,11 +128,12 @@ def bottleneck_cross_entropy(
     absorb: bool,
     needs: tuple[bool, bool, bool, bool, bool],
     stats: bool,
+    linear: LinearCrossEntropy = linear_cross_entropy,
 ) -> BottleneckCrossEntropyResult:
-    """Cross-entropy of the logits W_head (W_up z + b_up), and the gradients of its sum."""
+    """Cross-entropy of the logits W_head (W_up z + b_up), and the gradients of its sum; `linear` is its one kernel."""
     path = _absorbed if absorb else _unabsorbed
     up, head = up_weight.to(z.dtype), head_weight.to(z.dtype)
-    return path(z, up, up_bias, head, head_bias, labels, token_weight, options, needs, stats)
+    return path(z, up, up_bias, head, head_bias, labels, token_weight, options, needs, stats, linear)
 
 
 def _absorbed(
@@ -143,19 +147,20 @@ def _absorbed(
     options: LogitOptions,
     needs: tuple[bool, bool, bool, bool, bool],
     stats: bool,
+    linear: LinearCrossEntropy,
 ) -> BottleneckCrossEntropyResult:
     """M = W_head W_up [V, K] and c = W_head b_up [V], then everything at the bottleneck's width."""
     needs_z, needs_up, needs_up_bias, needs_head, needs_head_bias = needs
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
     wide_up = up.to(dtype)
-    matrix = torch.cat([(block @ wide_up).to(z.dtype) for _, block in _blocks(head, dtype)])
+    matrix = _times(head, wide_up).to(z.dtype)
     shift = None if head_bias is None else head_bias.to(dtype)  # the logits' constant, kept in float32
     if up_bias is not None:
-        c = options.logit_scale * torch.cat([block @ up_bias.to(dtype) for _, block in _blocks(head, dtype)])
+        c = options.logit_scale * _times(head, up_bias.to(dtype))
         shift = c if shift is None else c + shift
 
     needs_shift = shift is not None and (needs_up_bias or needs_head or needs_head_bias)
-    result = linear_cross_entropy(
+    result = linear(
         z, matrix, shift, labels, token_weight, options, (needs_z, needs_up or needs_head, needs_shift), stats
     )
     grad_matrix, grad_shift = result.grad_weight, result.grad_bias
@@ -189,6 +194,7 @@ def _unabsorbed(
     options: LogitOptions,
     needs: tuple[bool, bool, bool, bool, bool],
     stats: bool,
+    linear: LinearCrossEntropy,
 ) -> BottleneckCrossEntropyResult:
     """Up-projection first, then the model's head at full width: cheaper for few tokens."""
     needs_z, needs_up, needs_up_bias, needs_head, needs_head_bias = needs
@@ -198,7 +204,7 @@ def _unabsorbed(
     if up_bias is not None:
         hidden = hidden + up_bias.to(dtype)
     needs_hidden = needs_z or needs_up or needs_up_bias
-    result = linear_cross_entropy(
+    result = linear(
         hidden.to(z.dtype),
         head,
         head_bias,
@@ -228,6 +234,16 @@ def _logits(x: Tensor, weight: Tensor, bias: Tensor | None, options: LogitOption
     if options.softcap is not None:
         logits.div_(options.softcap).tanh_().mul_(options.softcap)
     return logits
+
+
+def _times(head: Tensor, right: Tensor) -> Tensor:
+    """head @ right in right's dtype, [V, ...]."""
+    if head.dtype == right.dtype:
+        return head @ right
+    product = right.new_empty(head.shape[0], *right.shape[1:])
+    for block, rows in _blocks(head, right.dtype):
+        product[block] = rows @ right
+    return product
 
 
 def _blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:

@@ -45,20 +45,32 @@ def installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ca
 # ---- the choice ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", backends.FLOATS, ids=str)
-@pytest.mark.parametrize("op", [op for op in backends.OPS if op != "noise"])
-def test_the_reference_serves_what_has_no_kernel_and_says_why(op, dtype):
-    choice = backends.select(op, "cpu", dtype)
-    assert choice.backend.name == "reference"
-    assert choice.reason == "cpp: it has no kernel for this op in this version"
-
-
-def test_noise_is_served_by_the_native_library_where_it_is_loaded():
+@pytest.mark.parametrize(
+    ("op", "dtype"), [(op, dtype) for op in backends.OPS if op != "encode" for dtype in (torch.float32, torch.bfloat16)]
+)
+def test_the_native_library_serves_a_cpu_where_it_is_loaded(op, dtype):
+    if op == "noise" and dtype != torch.float32:
+        pytest.skip("noise is float32")
     native = backends.native_library()
-    choice = backends.select("noise", "cpu", torch.float32)
+    choice = backends.select(op, "cpu", dtype)
     assert choice.backend.name == ("cpp" if native.loaded else "reference")
     absent = f"cpp: the native library is absent ({native.reason})"
     assert choice.reason == ("first choice here" if native.loaded else absent)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("op", [op for op in backends.OPS if op not in ("noise", "encode")])
+def test_the_reference_serves_other_dtypes_and_says_why(op, dtype):
+    choice = backends.select(op, "cpu", dtype)
+    assert choice.backend.name == "reference"
+    assert choice.reason == f"cpp: it takes torch.float32 and torch.bfloat16, not {dtype}"
+
+
+@pytest.mark.parametrize("dtype", backends.FLOATS, ids=str)
+def test_the_reference_serves_encode_and_says_why(dtype):
+    choice = backends.select("encode", "cpu", dtype)
+    assert choice.backend.name == "reference"
+    assert choice.reason == "cpp: it has no kernel for this op, which is a library GEMM and a clamp"
 
 
 def test_the_native_library_is_there_where_it_must_be():
@@ -138,12 +150,15 @@ def test_the_argument_wins_over_the_environment(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("cpp", "the backend 'cpp', which cannot serve {op}: it has no kernel for this op in this version"),
+        (
+            "cpp",
+            "the backend 'cpp', which cannot serve {op}: it (takes .*, not torch.float64|has no kernel for this op)",
+        ),
         ("turbo", "names the backend 'turbo'; there are: triton, cpp, reference"),
     ],
 )
 def test_an_impossible_choice_is_an_error_with_the_reason(monkeypatch, through_environment, name, message):
-    hidden, weight, labels = torch.zeros(2, 4), torch.zeros(6, 4), torch.tensor([0, 1])
+    hidden, weight, labels = torch.zeros(2, 4, dtype=torch.float64), torch.zeros(6, 4), torch.tensor([0, 1])
     if through_environment:
         monkeypatch.setenv("IBKERNELS_BACKEND", name)
     source = "IBKERNELS_BACKEND" if through_environment else f"backend='{name}'"
@@ -205,8 +220,10 @@ def test_the_library_is_loaded_once(installation, monkeypatch):
     installation(RECORD)
     loaded = []
     monkeypatch.setattr(torch.ops, "load_library", loaded.append)
+    monkeypatch.setattr(torch.ops.ibkernels_cpu, "instruction_set", lambda: "avx2", raising=False)
     for _ in range(3):
-        assert backends.native_library() == (True, f"libibkernels_cpu.so, built for torch {RUNNING} by GNU 12.2.0")
+        built = f"libibkernels_cpu.so, built for torch {RUNNING} by GNU 12.2.0; avx2 kernels"
+        assert backends.native_library() == (True, built)
     assert [Path(path).name for path in loaded] == ["libibkernels_cpu.so"]
 
 

@@ -1,0 +1,232 @@
+// The variational bottleneck on the CPU, forward and backward:
+//   torch.ops.ibkernels_cpu.bottleneck_forward, torch.ops.ibkernels_cpu.bottleneck_backward
+// with the arguments of the Python specification, ibkernels/reference/bottleneck.py. Weights and bias come as contiguous
+// float32, already rounded to the dtype of `hidden`, which is float32 or bfloat16.
+//
+// Forward, 4 N H K FLOPs (linear encoder): a block of rows goes through the library GEMM into scratch that stays in L2,
+// then through one pass for bias, clamp, noise, sample and KL. Backward: blocks of rows make the gradient G of
+// [mu | raw logvar] and, from it, their gradient of `hidden`; then tiles of the weight gradients add G^T hidden.
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "matrix.h"
+
+namespace ibkernels {
+namespace {
+
+constexpr int64_t kBlockBytes = 512 * 1024;  // of [mu | logvar], to stay in L2
+constexpr int64_t kChunkRows = 1024;         // rows whose gradients wait in scratch for the weight gradients
+constexpr int64_t kTileRows = 64, kTileColumns = 256;  // of a weight gradient
+
+using OptionalTensor = std::optional<at::Tensor>;
+using Tensors4 = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+// The arguments that forward and backward share, as the passes want them.
+struct Problem {
+  const at::Tensor& hidden;  // [N, H], contiguous
+  const at::Tensor& weight;  // [2K, H] or lora_a [R, H]
+  const OptionalTensor& lora_b;  // [2K, R]
+  const float* bias;
+  const int64_t* rows;
+  Bottleneck settings;
+  int64_t block_rows;
+
+  Problem(const at::Tensor& hidden, const at::Tensor& weight, const OptionalTensor& lora_b, const OptionalTensor& bias,
+          const OptionalTensor& rng, const OptionalTensor& rows, double logvar_min, double logvar_max, bool kl_mean)
+      : hidden(hidden),
+        weight(weight),
+        lora_b(lora_b),
+        bias(bias ? bias->const_data_ptr<float>() : nullptr),
+        rows(rows ? rows->const_data_ptr<int64_t>() : nullptr) {
+    const int64_t width = (lora_b ? *lora_b : weight).size(0) / 2;
+    settings.width = width;
+    settings.sample = rng.has_value();
+    settings.seed = rng ? static_cast<uint64_t>(rng->const_data_ptr<int64_t>()[0]) : 0;
+    settings.offset = rng ? static_cast<uint64_t>(rng->const_data_ptr<int64_t>()[1]) : 0;
+    settings.logvar_min = static_cast<float>(logvar_min);
+    settings.logvar_max = static_cast<float>(logvar_max);
+    settings.kl_scale = kl_mean ? 1.0f / static_cast<float>(width) : 1.0f;
+    settings.element = element_of(hidden);
+    // Small enough for L2, and small enough for every thread of a large machine to get some.
+    const int64_t in_cache = kBlockBytes / (2 * width * static_cast<int64_t>(sizeof(float)));
+    block_rows = std::clamp<int64_t>(std::min(in_cache, ceil_div(num_tokens(), 32)), 16, 512);
+  }
+
+  int64_t num_tokens() const { return hidden.size(0); }
+  int64_t hidden_size() const { return hidden.size(1); }
+  int64_t width() const { return settings.width; }
+  int64_t rank() const { return lora_b ? weight.size(0) : 0; }
+  uint32_t row_id(int64_t n) const { return static_cast<uint32_t>(rows ? rows[n] : n); }
+  // Floats of scratch that one block's rows of `hidden` take when they are not float32 already.
+  int64_t widened(int64_t num_rows) const {
+    return settings.element == Element::kFloat32 ? 0 : num_rows * hidden_size();
+  }
+};
+
+void* row_of(const at::Tensor& tensor, int64_t n) {
+  return static_cast<char*>(tensor.data_ptr()) + n * tensor.stride(0) * tensor.element_size();
+}
+
+Tensors4 bottleneck_forward(const at::Tensor& hidden, const at::Tensor& weight, const OptionalTensor& lora_b,
+                            const OptionalTensor& bias, const OptionalTensor& rng, const OptionalTensor& rows,
+                            double logvar_min, double logvar_max, bool kl_mean, bool save) {
+  const Problem p(hidden, weight, lora_b, bias, rng, rows, logvar_min, logvar_max, kl_mean);
+  const int64_t num_tokens = p.num_tokens(), width = p.width(), rank = p.rank();
+  at::Tensor z = at::empty({num_tokens, width}, hidden.options());
+  at::Tensor kl = at::empty({num_tokens}, hidden.options().dtype(at::kFloat));
+  at::Tensor saved0 = at::empty({save ? num_tokens : 0, lora_b ? rank : width}, hidden.options());
+  at::Tensor saved1 = save && !lora_b ? at::empty({num_tokens, width}, kl.options()) : at::empty({0}, kl.options());
+  const Kernels& k = kernels();
+
+  for_shares(ceil_div(num_tokens, p.block_rows), [&](int64_t begin, int64_t end) {
+    const auto raw_scratch = scratch(p.block_rows * 2 * width);
+    const auto low_scratch = scratch(p.block_rows * rank);
+    const auto wide_scratch = scratch(p.widened(p.block_rows));
+    const auto noise = scratch(noise_size(width));
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t first = block * p.block_rows, count = std::min(p.block_rows, num_tokens - first);
+      const Matrix raw(raw_scratch.get(), count, 2 * width);
+      const Matrix x = rows_of(hidden, first, count, wide_scratch.get());
+      if (lora_b) {
+        const Matrix t(low_scratch.get(), count, rank);
+        multiply_transposed(t, x, matrix_of(weight));
+        if (p.settings.element == Element::kBfloat16) {
+          // Rounded as what is saved, so that backward sees what forward saw.
+          std::vector<uint16_t> bits(count * rank);
+          k.narrow(t.data, count * rank, bits.data());
+          k.widen(bits.data(), count * rank, t.data);
+          if (save) std::copy(bits.begin(), bits.end(), static_cast<uint16_t*>(row_of(saved0, first)));
+        } else if (save) {
+          std::copy(t.data, t.data + count * rank, static_cast<float*>(row_of(saved0, first)));
+        }
+        multiply_transposed(raw, t, matrix_of(*lora_b));
+      } else {
+        multiply_transposed(raw, x, matrix_of(weight));
+      }
+      for (int64_t i = 0; i < count; ++i) {
+        float* const row = raw.data + i * 2 * width;
+        void* const mu = save && !lora_b ? row_of(saved0, first + i) : nullptr;
+        k.sample(p.settings, p.row_id(first + i), row, p.bias, noise.get(), row_of(z, first + i),
+                 kl.mutable_data_ptr<float>() + first + i, mu);
+        if (mu != nullptr) std::copy(row + width, row + 2 * width, static_cast<float*>(row_of(saved1, first + i)));
+      }
+    }
+  });
+  return {z, kl, saved0, saved1};
+}
+
+// grad_weight += left^T right, tile by tile.
+void accumulate(const at::Tensor& grad_weight, const Matrix& left, const Matrix& right) {
+  const Matrix out = matrix_of(grad_weight);
+  for_each_tile(out.rows, out.columns, kTileRows, kTileColumns,
+                [&](int64_t row, int64_t rows, int64_t column, int64_t columns) {
+                  add_transposed_product(out.block(row, rows, column, columns), left.block(0, left.rows, row, rows),
+                                         right.block(0, right.rows, column, columns));
+                });
+}
+
+void accumulate_columns(std::vector<double>& sums, const Matrix& grad) {
+  at::parallel_for(0, grad.columns, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t n = 0; n < grad.rows; ++n) {
+      for (int64_t i = begin; i < end; ++i) sums[i] += grad.data[n * grad.stride + i];
+    }
+  });
+}
+
+Tensors4 bottleneck_backward(const OptionalTensor& grad_z, const OptionalTensor& grad_kl, const at::Tensor& hidden,
+                             const at::Tensor& weight, const OptionalTensor& lora_b, const OptionalTensor& bias,
+                             const OptionalTensor& rng, const OptionalTensor& rows, const at::Tensor& saved0,
+                             const at::Tensor& saved1, double logvar_min, double logvar_max, bool kl_mean,
+                             bool needs_hidden, bool needs_weight, bool needs_lora_b, bool needs_bias) {
+  const Problem p(hidden, weight, lora_b, bias, rng, rows, logvar_min, logvar_max, kl_mean);
+  const int64_t num_tokens = p.num_tokens(), width = p.width(), rank = p.rank(), hidden_size = p.hidden_size();
+  const at::TensorOptions floats = hidden.options().dtype(at::kFloat);
+  const bool bfloat16 = p.settings.element == Element::kBfloat16;
+  const float* const upstream_kl = grad_kl ? grad_kl->const_data_ptr<float>() : nullptr;
+  const Kernels& k = kernels();
+
+  at::Tensor grad_hidden = at::empty({needs_hidden ? num_tokens : 0, hidden_size}, hidden.options());
+  const at::Tensor grad_weight = at::zeros({needs_weight ? weight.size(0) : 0, hidden_size}, floats);
+  const at::Tensor grad_lora_b = at::zeros({needs_lora_b ? 2 * width : 0, rank}, floats);
+  std::vector<double> bias_sums(needs_bias ? 2 * width : 0);
+
+  const int64_t chunk_rows = std::min(kChunkRows, num_tokens);
+  const auto grads = scratch(chunk_rows * 2 * width);
+  const auto low = scratch(bfloat16 ? chunk_rows * rank : 0);  // t
+  const auto grads_low = scratch(chunk_rows * rank);           // G B
+  const auto wide = scratch(needs_weight ? p.widened(chunk_rows) : 0);
+  for (int64_t start = 0; start < num_tokens; start += chunk_rows) {
+    const int64_t chunk = std::min(chunk_rows, num_tokens - start);
+    const Matrix grad(grads.get(), chunk, 2 * width), grad_low(grads_low.get(), chunk, rank);
+    const Matrix t = lora_b ? rows_of(saved0, start, chunk, low.get()) : Matrix(nullptr, 0, 0);
+    for_shares(ceil_div(chunk, p.block_rows), [&](int64_t begin, int64_t end) {
+      const auto noise = scratch(noise_size(width));
+      const auto raw_scratch = scratch(lora_b ? p.block_rows * 2 * width : 0);
+      const auto mu_scratch = scratch(bfloat16 ? width : 0);
+      const auto out_scratch = scratch(bfloat16 && needs_hidden ? p.block_rows * hidden_size : 0);
+      for (int64_t block = begin; block < end; ++block) {
+        const int64_t first = block * p.block_rows, count = std::min(p.block_rows, chunk - first);
+        const Matrix raw(raw_scratch.get(), count, 2 * width);
+        if (lora_b) multiply_transposed(raw, t.block(first, count, 0, rank), matrix_of(*lora_b));
+        for (int64_t i = 0; i < count; ++i) {
+          const int64_t n = start + first + i;
+          const float *mu, *raw_logvar;
+          if (lora_b) {
+            float* const row = raw.data + i * 2 * width;
+            if (p.bias != nullptr) {
+              for (int64_t c = 0; c < 2 * width; ++c) row[c] += p.bias[c];
+            }
+            mu = row, raw_logvar = row + width;
+          } else {
+            mu = rows_of(saved0, n, 1, mu_scratch.get()).data;
+            raw_logvar = static_cast<const float*>(row_of(saved1, n));
+          }
+          k.sample_backward(p.settings, p.row_id(n), mu, raw_logvar, grad_z ? row_of(*grad_z, n) : nullptr,
+                            upstream_kl ? upstream_kl[n] : 0.0f, noise.get(), grad.data + (first + i) * 2 * width);
+        }
+        const Matrix grad_block = grad.block(first, count, 0, 2 * width);
+        const Matrix low_block = grad_low.block(first, count, 0, rank);
+        if (lora_b && (needs_hidden || needs_weight)) multiply(low_block, grad_block, matrix_of(*lora_b));
+        if (needs_hidden) {
+          void* const rows_out = row_of(grad_hidden, start + first);
+          const Matrix out(bfloat16 ? out_scratch.get() : static_cast<float*>(rows_out), count, hidden_size);
+          multiply(out, lora_b ? low_block : grad_block, matrix_of(weight));
+          if (bfloat16) k.narrow(out.data, count * hidden_size, rows_out);
+        }
+        if (needs_weight && bfloat16) rows_of(hidden, start + first, count, wide.get() + first * hidden_size);
+      }
+    });
+    if (needs_weight) {
+      const Matrix x(bfloat16 ? wide.get() : static_cast<float*>(row_of(hidden, start)), chunk, hidden_size);
+      accumulate(grad_weight, lora_b ? grad_low : grad, x);
+    }
+    if (needs_lora_b) accumulate(grad_lora_b, grad, t);
+    if (needs_bias) accumulate_columns(bias_sums, grad);
+  }
+  const at::Tensor grad_bias = at::empty({static_cast<int64_t>(bias_sums.size())}, floats);
+  std::copy(bias_sums.begin(), bias_sums.end(), grad_bias.mutable_data_ptr<float>());
+  return {grad_hidden, grad_weight, grad_lora_b, grad_bias};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(ibkernels_cpu, m) {
+  m.def(
+      "bottleneck_forward(Tensor hidden, Tensor weight, Tensor? lora_b, Tensor? bias, Tensor? rng, Tensor? rows, "
+      "float logvar_min, float logvar_max, bool kl_mean, bool save) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "bottleneck_backward(Tensor? grad_z, Tensor? grad_kl, Tensor hidden, Tensor weight, Tensor? lora_b, Tensor? bias, "
+      "Tensor? rng, Tensor? rows, Tensor saved0, Tensor saved1, float logvar_min, float logvar_max, bool kl_mean, "
+      "bool needs_hidden, bool needs_weight, bool needs_lora_b, bool needs_bias) -> (Tensor, Tensor, Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(ibkernels_cpu, CPU, m) {
+  m.impl("bottleneck_forward", &bottleneck_forward);
+  m.impl("bottleneck_backward", &bottleneck_backward);
+}
+
+}  // namespace ibkernels

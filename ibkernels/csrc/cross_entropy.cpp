@@ -1,0 +1,180 @@
+// Cross-entropy of a linear head on the CPU, losses and gradients in one pass:
+//   torch.ops.ibkernels_cpu.linear_cross_entropy
+// with the arguments of ibkernels/reference/cross_entropy.py. `input` [N, D] and `weight` [V, D] are contiguous, of one
+// dtype, float32 or bfloat16.
+//
+// 2 N V D FLOPs for the logits, as many for each gradient. Logits exist for a block of rows at a time, at most
+// `logits_bytes` of them, and become their own gradient in place. A block takes three parallel phases: logits by tiles of
+// words, the softmax by rows, and the two products with its gradient by tiles of what they make.
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "matrix.h"
+
+namespace ibkernels {
+namespace {
+
+constexpr int64_t kWords = 512;       // of a tile of logits, and of a head in bfloat16 that is widened at a time
+constexpr int64_t kInputRows = 64;    // of a tile of the input's gradient,
+constexpr int64_t kInputColumns = 256;
+constexpr int64_t kLeastRows = 16;    // of a block, however wide the vocabulary
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+struct Options {
+  int64_t ignore_index;
+  float label_smoothing, z_loss, softcap, logit_scale;  // a softcap of 0: none
+  bool stats;
+};
+
+// The results of one call, [N] each.
+struct Losses {
+  at::Tensor losses, lse, entropy, correct;
+};
+
+// One row: its logits, of largest value `peak`, become the gradient of its weighted loss where `gradient` says so.
+void finish_row(const Options& o, const Kernels& k, float* logits, int64_t vocabulary, float peak, int64_t label, float g,
+                bool gradient, int64_t n, const Losses& out) {
+  const bool valid = label != o.ignore_index;
+  float sum = 0.0f, weighted_sum = 0.0f;
+  const float total = k.sum_exp(logits, vocabulary, peak, o.label_smoothing != 0.0f ? &sum : nullptr,
+                                o.stats ? &weighted_sum : nullptr);
+  const float log_total = std::log(total), lse = log_total + peak;
+  const float target = logits[valid ? label : 0];
+  float loss = log_total + (peak - target);  // not lse - target: a large common offset would cost digits
+  if (o.label_smoothing != 0.0f) loss += o.label_smoothing * (target - sum / static_cast<float>(vocabulary));
+  out.losses.mutable_data_ptr<float>()[n] = valid ? g * (loss + o.z_loss * lse * lse) : 0.0f;
+  out.lse.mutable_data_ptr<float>()[n] = lse;
+  out.entropy.mutable_data_ptr<float>()[n] = valid && o.stats ? log_total - weighted_sum / total : 0.0f;
+  out.correct.mutable_data_ptr<bool>()[n] =
+      valid && o.stats && target == peak && std::find(logits, logits + label, peak) == logits + label;
+  if (!gradient) return;
+  const float uniform = g * o.label_smoothing / static_cast<float>(vocabulary);
+  k.logit_gradient(logits, vocabulary, peak, g * (1.0f + 2.0f * o.z_loss * lse) / total, uniform, o.softcap);
+  if (!valid) return;
+  const float share = o.softcap == 0.0f ? 0.0f : target / o.softcap;
+  logits[label] -= (1.0f - o.label_smoothing) * g * (1.0f - share * share);
+}
+
+// out = scale * grads [n, V] weight[:, column..], the columns of `out`; a bfloat16 head is widened by blocks of words.
+void multiply_by_head(const Matrix& out, const Matrix& grads, const at::Tensor& weight, int64_t column, float scale) {
+  const int64_t vocabulary = weight.size(0);
+  const bool bfloat16 = element_of(weight) == Element::kBfloat16;
+  const int64_t block = bfloat16 ? kWords : vocabulary;
+  const auto head_scratch = scratch(bfloat16 ? block * out.columns : 0);
+  at::Tensor sum = out.tensor();
+  for (int64_t word = 0; word < vocabulary; word += block) {
+    const int64_t words = std::min(block, vocabulary - word);
+    const Matrix head = block_of(weight, word, words, column, out.columns, head_scratch.get());
+    const at::Tensor left = grads.block(0, grads.rows, word, words).tensor();
+    at::cpu::addmm_out(sum, sum, left, head.tensor(), word == 0 ? 0.0 : 1.0, scale);
+  }
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy(
+    const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias, const at::Tensor& labels,
+    const OptionalTensor& token_weight, int64_t ignore_index, double label_smoothing, double z_loss,
+    std::optional<double> softcap, double logit_scale, bool needs_input, bool needs_weight, bool needs_bias, bool stats,
+    int64_t logits_bytes) {
+  const Options options{ignore_index, static_cast<float>(label_smoothing), static_cast<float>(z_loss),
+                        static_cast<float>(softcap.value_or(0.0)), static_cast<float>(logit_scale), stats};
+  const int64_t num_tokens = input.size(0), width = input.size(1), vocabulary = weight.size(0);
+  const int64_t* const label = labels.const_data_ptr<int64_t>();
+  for (int64_t n = 0; n < num_tokens; ++n) {
+    TORCH_CHECK_INDEX(label[n] == ignore_index || (label[n] >= 0 && label[n] < vocabulary), "labels[", n, "] is ",
+                      label[n], ", which is out of bounds for a vocabulary of ", vocabulary, " words.");
+  }
+  const float* const upstream = token_weight ? token_weight->const_data_ptr<float>() : nullptr;
+  const float* const shift = bias ? bias->const_data_ptr<float>() : nullptr;
+  const bool bfloat16 = element_of(weight) == Element::kBfloat16;
+  const bool gradients = needs_input || needs_weight || needs_bias;
+  const at::TensorOptions floats = input.options().dtype(at::kFloat);
+  const Losses out{at::empty({num_tokens}, floats), at::empty({num_tokens}, floats), at::empty({num_tokens}, floats),
+                   at::empty({num_tokens}, floats.dtype(at::kBool))};
+  const at::Tensor grad_input = at::empty({needs_input ? num_tokens : 0, width}, floats);
+  const at::Tensor grad_weight = at::zeros({needs_weight ? vocabulary : 0, width}, floats);
+  const at::Tensor grad_bias = at::zeros({needs_bias ? vocabulary : 0}, floats);
+  float* const bias_sums = grad_bias.mutable_data_ptr<float>();
+  const Kernels& k = kernels();
+
+  // Blocks of equal size, as few as the budget allows.
+  const int64_t most_rows =
+      std::max(kLeastRows, logits_bytes / (vocabulary * static_cast<int64_t>(sizeof(float))));
+  const int64_t block_rows = num_tokens == 0 ? 0 : ceil_div(num_tokens, ceil_div(num_tokens, most_rows));
+  const int64_t tiles = ceil_div(vocabulary, kWords);
+  const auto logits_scratch = scratch(block_rows * vocabulary);
+  const auto peaks = scratch(block_rows * tiles);
+  const auto input_scratch = scratch(bfloat16 ? block_rows * width : 0);
+
+  for (int64_t start = 0; start < num_tokens; start += block_rows) {
+    const int64_t rows = std::min(block_rows, num_tokens - start);
+    const Matrix logits(logits_scratch.get(), rows, vocabulary);
+    const Matrix x = rows_of(input, start, rows, input_scratch.get());
+
+    for_shares(tiles, [&](int64_t begin, int64_t end) {
+      const auto head_scratch = scratch(bfloat16 ? kWords * width : 0);
+      for (int64_t tile = begin; tile < end; ++tile) {
+        const int64_t word = tile * kWords, words = std::min(kWords, vocabulary - word);
+        const Matrix block = logits.block(0, rows, word, words);
+        multiply_transposed(block, x, rows_of(weight, word, words, head_scratch.get()));
+        for (int64_t i = 0; i < rows; ++i) {
+          peaks[i * tiles + tile] =
+              k.finish_logits(block.data + i * block.stride, shift == nullptr ? nullptr : shift + word, words,
+                              options.logit_scale, options.softcap);
+        }
+      }
+    });
+
+    for_shares(rows, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t n = start + i;
+        const float peak = *std::max_element(&peaks[i * tiles], &peaks[i * tiles] + tiles);
+        const float g = label[n] == ignore_index ? 0.0f : (upstream == nullptr ? 1.0f : upstream[n]);
+        finish_row(options, k, logits.data + i * vocabulary, vocabulary, peak, label[n], g, gradients, n, out);
+      }
+    });
+
+    if (needs_input) {
+      const Matrix grads = matrix_of(grad_input).block(start, rows, 0, width);
+      for_each_tile(rows, width, kInputRows, kInputColumns,
+                    [&](int64_t row, int64_t num_rows, int64_t column, int64_t columns) {
+                      multiply_by_head(grads.block(row, num_rows, column, columns),
+                                       logits.block(row, num_rows, 0, vocabulary), weight, column, options.logit_scale);
+                    });
+    }
+    if (needs_weight || needs_bias) {
+      for_shares(tiles, [&](int64_t begin, int64_t end) {
+        for (int64_t tile = begin; tile < end; ++tile) {
+          const int64_t word = tile * kWords, words = std::min(kWords, vocabulary - word);
+          const Matrix grads = logits.block(0, rows, word, words);
+          if (needs_weight) {
+            add_transposed_product(matrix_of(grad_weight).block(word, words, 0, width), grads, x, options.logit_scale);
+          }
+          for (int64_t i = 0; needs_bias && i < rows; ++i) {
+            for (int64_t v = 0; v < words; ++v) bias_sums[word + v] += grads.data[i * grads.stride + v];
+          }
+        }
+      });
+    }
+  }
+  return {out.losses, out.lse, out.entropy, out.correct, grad_input, grad_weight, grad_bias};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(ibkernels_cpu, m) {
+  m.def(
+      "linear_cross_entropy(Tensor input, Tensor weight, Tensor? bias, Tensor labels, Tensor? token_weight, "
+      "int ignore_index, float label_smoothing, float z_loss, float? softcap, float logit_scale, bool needs_input, "
+      "bool needs_weight, bool needs_bias, bool stats, int logits_bytes) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(ibkernels_cpu, CPU, m) { m.impl("linear_cross_entropy", &linear_cross_entropy); }
+
+}  // namespace ibkernels

@@ -1,0 +1,186 @@
+// The passes of kernels.h, as loops that the compiler vectorises for the instruction set IBKERNELS_ISA, with the table
+// IBKERNELS_KERNELS of them. Nothing here may come from a header whose inline functions other files share: see
+// elementary.h.
+#include "kernels.h"
+
+#include "philox.h"
+
+namespace ibkernels {
+inline namespace IBKERNELS_ISA {
+namespace {
+
+struct Float32 {
+  using type = float;
+  static float load(float value) { return value; }
+  static float store(float value) { return value; }
+};
+
+struct Bfloat16 {
+  using type = uint16_t;
+  static float load(uint16_t bits) { return __builtin_bit_cast(float, static_cast<uint32_t>(bits) << 16); }
+  // To the nearest, ties to even; NaN stays NaN.
+  static uint16_t store(float value) {
+    const uint32_t bits = __builtin_bit_cast(uint32_t, value);
+    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return static_cast<uint16_t>(value != value ? 0x7fc0u : rounded);
+  }
+};
+
+void fill_normals(uint64_t seed, uint64_t offset, uint32_t row, int64_t columns, float* out) {
+  const philox::Stream stream(seed, offset);
+  for (int64_t first = 0; first < columns; first += philox::kColumnsAtOnce) {
+    float block[philox::kColumnsAtOnce];
+    philox::fill_block(stream, row, first, block);
+    for (int64_t i = first; i < columns && i < first + philox::kColumnsAtOnce; ++i) out[i] = block[i - first];
+  }
+}
+
+// The noise of one row, past the width as far as a block of the stream reaches.
+inline void draw(const Bottleneck& b, uint32_t row, float* noise) {
+  const philox::Stream stream(b.seed, b.offset);
+  for (int64_t first = 0; first < b.width; first += philox::kColumnsAtOnce) {
+    philox::fill_block(stream, row, first, noise + first);
+  }
+}
+
+// As torch.clamp: NaN stays NaN.
+inline float clamp(float x, float low, float high) { return x < low ? low : (x > high ? high : x); }
+
+template <typename T>
+void sample_as(const Bottleneck& b, uint32_t row, float* raw, const float* bias, float* noise, void* z_out, float* kl_out,
+               void* mu_out) {
+  const int64_t width = b.width;
+  float* const raw_logvar = raw + width;
+  auto* const z = static_cast<typename T::type*>(z_out);
+  auto* const saved_mu = static_cast<typename T::type*>(mu_out);
+  if (bias != nullptr) {
+#pragma omp simd
+    for (int64_t i = 0; i < 2 * width; ++i) raw[i] += bias[i];
+  }
+  if (b.sample) draw(b, row, noise);
+  float kl = 0.0f;
+#pragma omp simd reduction(+ : kl)
+  for (int64_t i = 0; i < width; ++i) {
+    const float mu = raw[i];
+    const float logvar = clamp(raw_logvar[i], b.logvar_min, b.logvar_max);
+    const float std = exp_(0.5f * logvar);
+    kl += mu * mu + (std * std - 1.0f - logvar);
+    z[i] = T::store(b.sample ? mu + std * noise[i] : mu);
+  }
+  *kl_out = 0.5f * kl * b.kl_scale;
+  if (saved_mu != nullptr) {
+#pragma omp simd
+    for (int64_t i = 0; i < width; ++i) saved_mu[i] = T::store(raw[i]);
+  }
+}
+
+void sample(const Bottleneck& b, uint32_t row, float* raw, const float* bias, float* noise, void* z, float* kl, void* mu) {
+  const auto as = b.element == Element::kFloat32 ? sample_as<Float32> : sample_as<Bfloat16>;
+  as(b, row, raw, bias, noise, z, kl, mu);
+}
+
+template <typename T>
+void sample_backward_as(const Bottleneck& b, uint32_t row, const float* mu, const float* raw_logvar,
+                        const void* grad_z_in, float grad_kl, float* noise, float* grad) {
+  const int64_t width = b.width;
+  const auto* const grad_z = static_cast<const typename T::type*>(grad_z_in);
+  const float kl = grad_kl * b.kl_scale;
+  const bool sampled = b.sample && grad_z != nullptr;
+  if (sampled) draw(b, row, noise);
+#pragma omp simd
+  for (int64_t i = 0; i < width; ++i) {
+    const float upstream = grad_z == nullptr ? 0.0f : T::load(grad_z[i]);
+    const float logvar = clamp(raw_logvar[i], b.logvar_min, b.logvar_max);
+    const float std = exp_(0.5f * logvar);
+    const float through_std = sampled ? upstream * std * noise[i] : 0.0f;
+    const bool inside = raw_logvar[i] >= b.logvar_min && raw_logvar[i] <= b.logvar_max;
+    grad[i] = upstream + kl * mu[i];
+    grad[width + i] = inside ? 0.5f * (through_std + kl * (std * std - 1.0f)) : 0.0f;
+  }
+}
+
+void sample_backward(const Bottleneck& b, uint32_t row, const float* mu, const float* raw_logvar, const void* grad_z,
+                     float grad_kl, float* noise, float* grad) {
+  const auto as = b.element == Element::kFloat32 ? sample_backward_as<Float32> : sample_backward_as<Bfloat16>;
+  as(b, row, mu, raw_logvar, grad_z, grad_kl, noise, grad);
+}
+
+float finish_logits(float* logits, const float* bias, int64_t size, float scale, float softcap) {
+  if (scale != 1.0f) {
+#pragma omp simd
+    for (int64_t i = 0; i < size; ++i) logits[i] *= scale;
+  }
+  if (bias != nullptr) {
+#pragma omp simd
+    for (int64_t i = 0; i < size; ++i) logits[i] += bias[i];
+  }
+  if (softcap != 0.0f) {
+#pragma omp simd
+    for (int64_t i = 0; i < size; ++i) logits[i] = softcap * tanh_(logits[i] / softcap);
+  }
+  float peak = -__builtin_inff();
+#pragma omp simd reduction(max : peak)
+  for (int64_t i = 0; i < size; ++i) peak = logits[i] > peak ? logits[i] : peak;
+  return peak;
+}
+
+float sum_exp(const float* logits, int64_t size, float peak, float* sum, float* weighted_sum) {
+  float total = 0.0f;
+#pragma omp simd reduction(+ : total)
+  for (int64_t i = 0; i < size; ++i) total += exp_(logits[i] - peak);
+  if (sum != nullptr) {
+    float plain = 0.0f;
+#pragma omp simd reduction(+ : plain)
+    for (int64_t i = 0; i < size; ++i) plain += logits[i];
+    *sum = plain;
+  }
+  if (weighted_sum != nullptr) {
+    float weighted = 0.0f;
+#pragma omp simd reduction(+ : weighted)
+    for (int64_t i = 0; i < size; ++i) {
+      const float shifted = logits[i] - peak;
+      const float probability = exp_(shifted);
+      weighted += probability == 0.0f ? 0.0f : shifted * probability;  // 0 log 0 = 0, also for a logit of -inf
+    }
+    *weighted_sum = weighted;
+  }
+  return total;
+}
+
+void logit_gradient(float* logits, int64_t size, float peak, float softmax_scale, float uniform, float softcap) {
+  if (softcap == 0.0f) {
+#pragma omp simd
+    for (int64_t i = 0; i < size; ++i) logits[i] = softmax_scale * exp_(logits[i] - peak) - uniform;
+    return;
+  }
+  const float inverse = 1.0f / softcap;
+#pragma omp simd
+  for (int64_t i = 0; i < size; ++i) {
+    const float share = logits[i] * inverse;
+    logits[i] = (softmax_scale * exp_(logits[i] - peak) - uniform) * (1.0f - share * share);
+  }
+}
+
+void widen(const void* bfloat16, int64_t size, float* out) {
+  const auto* const bits = static_cast<const uint16_t*>(bfloat16);
+#pragma omp simd
+  for (int64_t i = 0; i < size; ++i) out[i] = Bfloat16::load(bits[i]);
+}
+
+void narrow(const float* values, int64_t size, void* bfloat16) {
+  auto* const bits = static_cast<uint16_t*>(bfloat16);
+#pragma omp simd
+  for (int64_t i = 0; i < size; ++i) bits[i] = Bfloat16::store(values[i]);
+}
+
+#define IBKERNELS_STRING(name) #name
+#define IBKERNELS_NAME(name) IBKERNELS_STRING(name)
+
+}  // namespace
+}  // namespace IBKERNELS_ISA
+
+extern const Kernels IBKERNELS_KERNELS;
+const Kernels IBKERNELS_KERNELS = {IBKERNELS_NAME(IBKERNELS_ISA), fill_normals, sample,  sample_backward, finish_logits,
+                                   sum_exp, logit_gradient, widen, narrow};
+
+}  // namespace ibkernels

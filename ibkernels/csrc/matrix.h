@@ -1,0 +1,104 @@
+// Products of row-major float32 matrices inside a parallel region. They go through torch's library GEMM, which runs on one
+// thread there; work is split into tiles whose sizes depend on the problem alone, so that no result depends on how many
+// threads there are.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/addmm_cpu_dispatch.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/mm_cpu_dispatch.h>
+
+#include <algorithm>
+#include <memory>
+#include <new>
+
+#include "kernels.h"
+
+namespace ibkernels {
+
+// A view of `rows` x `columns` floats, `stride` apart from row to row.
+struct Matrix {
+  float* data;
+  int64_t rows, columns, stride;
+
+  Matrix(float* data, int64_t rows, int64_t columns) : Matrix(data, rows, columns, columns) {}
+  Matrix(float* data, int64_t rows, int64_t columns, int64_t stride)
+      : data(data), rows(rows), columns(columns), stride(stride) {}
+
+  Matrix block(int64_t row, int64_t num_rows, int64_t column, int64_t num_columns) const {
+    return {data + row * stride + column, num_rows, num_columns, stride};
+  }
+  at::Tensor tensor() const { return at::from_blob(data, {rows, columns}, {stride, 1}, at::kFloat); }
+};
+
+inline Matrix matrix_of(const at::Tensor& tensor) {
+  return {static_cast<float*>(tensor.data_ptr()), tensor.size(0), tensor.size(1), tensor.stride(0)};
+}
+
+// out = a b, out = a b^T; out += scale * a^T b.
+inline void multiply(const Matrix& out, const Matrix& a, const Matrix& b) {
+  at::Tensor result = out.tensor();
+  at::cpu::mm_out(result, a.tensor(), b.tensor());
+}
+inline void multiply_transposed(const Matrix& out, const Matrix& a, const Matrix& b) {
+  at::Tensor result = out.tensor();
+  at::cpu::mm_out(result, a.tensor(), b.tensor().t());
+}
+inline void add_transposed_product(const Matrix& out, const Matrix& a, const Matrix& b, float scale = 1.0f) {
+  at::Tensor result = out.tensor();
+  at::cpu::addmm_out(result, result, a.tensor().t(), b.tensor(), 1.0, scale);
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// visit(begin, end) for shares of `count` tasks, in parallel. A single task would run outside of a parallel region, where
+// the library may split its sums over threads: an empty second one prevents that.
+template <typename Visit>
+void for_shares(int64_t count, const Visit& visit) {
+  at::parallel_for(0, count == 1 ? 2 : count, 1,
+                   [&](int64_t begin, int64_t end) { visit(begin, std::min(end, count)); });
+}
+
+// visit(row, rows, column, columns) for every tile of a rows x columns matrix, in parallel.
+template <typename Visit>
+void for_each_tile(int64_t rows, int64_t columns, int64_t tile_rows, int64_t tile_columns, const Visit& visit) {
+  const int64_t across = ceil_div(columns, tile_columns);
+  for_shares(ceil_div(rows, tile_rows) * across, [&](int64_t begin, int64_t end) {
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t row = tile / across * tile_rows, column = tile % across * tile_columns;
+      visit(row, std::min(tile_rows, rows - row), column, std::min(tile_columns, columns - column));
+    }
+  });
+}
+
+inline Element element_of(const at::Tensor& tensor) {
+  return tensor.scalar_type() == at::kBFloat16 ? Element::kBfloat16 : Element::kFloat32;
+}
+
+// A block of a contiguous [N, D] tensor as float32: in place, or widened into `scratch`.
+inline Matrix block_of(const at::Tensor& tensor, int64_t row, int64_t rows, int64_t column, int64_t columns,
+                       float* scratch) {
+  const int64_t width = tensor.size(1), start = row * width + column;
+  if (element_of(tensor) == Element::kFloat32) return {static_cast<float*>(tensor.data_ptr()) + start, rows, columns, width};
+  const auto* const bits = static_cast<const uint16_t*>(tensor.data_ptr()) + start;
+  for (int64_t i = 0; i < rows; ++i) kernels().widen(bits + i * width, columns, scratch + i * columns);
+  return {scratch, rows, columns};
+}
+
+inline Matrix rows_of(const at::Tensor& tensor, int64_t row, int64_t rows, float* scratch) {
+  return block_of(tensor, row, rows, 0, tensor.size(1), scratch);
+}
+
+struct FreeScratch {
+  void operator()(float* data) const { ::operator delete[](data, std::align_val_t{64}); }
+};
+using Scratch = std::unique_ptr<float[], FreeScratch>;
+
+// Uninitialised floats. A library GEMM may order its sums by the alignment of what it reads, which is therefore fixed.
+inline Scratch scratch(int64_t size) {
+  return Scratch(static_cast<float*>(::operator new[](size * sizeof(float), std::align_val_t{64})));
+}
+
+}  // namespace ibkernels

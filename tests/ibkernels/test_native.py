@@ -1,0 +1,159 @@
+"""What is the C++ backend's own: results that do not depend on threads, every instruction set, and its memory."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import ibkernels
+from benchmarks.measure import can_measure_memory
+from ibkernels import backends, native
+
+pytestmark = pytest.mark.skipif(
+    not backends.native_library().loaded, reason=f"no native library: {backends.native_library().reason}"
+)
+ROOT = Path(__file__).parents[2]
+RNG = torch.tensor([3, 4])
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def bottleneck(encoder: str, num_tokens: int, dtype: torch.dtype, backend: str = "cpp") -> dict[str, Tensor]:
+    """Outputs and gradients at H=40, K=24, R=5."""
+    generator = torch.Generator().manual_seed(0)
+
+    def parameter(*shape: int) -> Tensor:
+        return (torch.randn(shape, generator=generator) / shape[-1] ** 0.5).to(dtype).requires_grad_()
+
+    hidden, bias = parameter(num_tokens, 40), parameter(48)
+    weights = {"weight": parameter(48, 40)} if encoder == "linear" else {"a": parameter(5, 40), "b": parameter(48, 5)}
+    weight: Any = next(iter(weights.values())) if encoder == "linear" else tuple(weights.values())
+    z, kl = ibkernels.variational_bottleneck(hidden, weight, bias, RNG, backend=backend)
+    inputs = {"hidden": hidden, "bias": bias, **weights}
+    gradients = torch.autograd.grad([z, kl], list(inputs.values()), [z.detach(), kl.detach()])
+    return {"z": z.detach(), "kl": kl.detach(), **dict(zip(inputs, gradients, strict=True))}
+
+
+def cross_entropy(num_tokens: int, vocabulary: int, dtype: torch.dtype, backend: str = "cpp") -> dict[str, Tensor]:
+    """Loss, statistics and gradients at D=40, with every option on."""
+    generator = torch.Generator().manual_seed(0)
+    input = torch.randn(num_tokens, 40, generator=generator).to(dtype).requires_grad_()
+    weight = (torch.randn(vocabulary, 40, generator=generator) / 6).to(dtype).requires_grad_()
+    bias = torch.randn(vocabulary, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    labels = torch.randint(vocabulary, (num_tokens,), generator=generator)
+    labels[::5] = -100
+    result = ibkernels.linear_cross_entropy(
+        input, weight, labels, bias=bias, label_smoothing=0.1, z_loss=1e-3, softcap=4.0, return_stats=True,
+        backend=backend,
+    )  # fmt: skip
+    loss, stats = result
+    inputs = {"input": input, "weight": weight, "bias": bias}
+    gradients = dict(zip(inputs, torch.autograd.grad(loss, list(inputs.values())), strict=True))
+    return {"loss": loss.detach(), "lse": stats.lse, "entropy": stats.entropy_sum, **gradients}
+
+
+@pytest.fixture
+def several_threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_tokens", [1, 37, 2500])  # one task; several; more than one chunk of rows in backward
+@pytest.mark.parametrize("encoder", ["linear", "lora"])
+def test_the_bottleneck_is_the_same_for_any_number_of_threads(encoder, num_tokens, dtype, several_threads):
+    several_threads(1)
+    expected = bottleneck(encoder, num_tokens, dtype)
+    for threads in (2, 3, 5):
+        several_threads(threads)
+        actual = bottleneck(encoder, num_tokens, dtype)
+        assert all(torch.equal(actual[name], expected[name]) for name in expected), threads
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("num_tokens", "vocabulary"), [(1, 1), (37, 1700), (300, 1700)])
+def test_cross_entropy_is_the_same_for_any_number_of_threads(
+    num_tokens, vocabulary, dtype, several_threads, monkeypatch
+):
+    monkeypatch.setattr(native, "_LOGITS_BYTES", 128 * 1700 * 4)  # the largest case takes three blocks of rows
+    several_threads(1)
+    expected = cross_entropy(num_tokens, vocabulary, dtype)
+    for threads in (2, 3, 5):
+        several_threads(threads)
+        actual = cross_entropy(num_tokens, vocabulary, dtype)
+        assert all(torch.equal(actual[name], expected[name]) for name in expected), threads
+
+
+def test_blocks_of_logits_keep_to_their_budget(monkeypatch):
+    """However small the budget, results are those of one block, to rounding."""
+    whole = cross_entropy(100, 600, torch.float32)
+    monkeypatch.setattr(native, "_LOGITS_BYTES", 1)  # 16 rows
+    for name, tensor in cross_entropy(100, 600, torch.float32).items():
+        torch.testing.assert_close(tensor, whole[name], rtol=1e-4, atol=1e-6)
+
+
+# ---- instruction sets ------------------------------------------------------------------------------------------------
+
+# Prints the instruction set, then the largest error of any output or gradient against the reference in float64.
+COMPARE = """
+import torch
+from test_native import bottleneck, cross_entropy
+errors = []
+for call, arguments in ((bottleneck, ("linear", 70)), (bottleneck, ("lora", 70)), (cross_entropy, (50, 700))):
+    exact = call(*arguments, torch.float64, backend="reference")
+    actual = call(*arguments, torch.float32)
+    errors += [((actual[n] - exact[n]).norm() / exact[n].norm().clamp(min=1e-9)).item() for n in exact]
+print(torch.ops.ibkernels_cpu.instruction_set(), max(errors))
+"""
+
+
+@pytest.mark.parametrize(("capability", "isa"), [("default", "baseline"), ("avx2", "avx2"), (None, None)])
+def test_every_instruction_set_agrees_with_the_reference(capability, isa):
+    """ATEN_CPU_CAPABILITY is torch's own switch, and ours."""
+    best = torch.ops.ibkernels_cpu.instruction_set()
+    if capability == "avx2" and best == "baseline":
+        pytest.skip("this machine has no AVX2")
+    environment = {name: value for name, value in os.environ.items() if name != "ATEN_CPU_CAPABILITY"}
+    environment |= {"PYTHONPATH": f"{ROOT}:{Path(__file__).parent}"}
+    if capability is not None:
+        environment["ATEN_CPU_CAPABILITY"] = capability
+    command = [sys.executable, "-c", COMPARE]
+    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    name, error = result.stdout.split()
+    assert name == (best if isa is None else isa)
+    assert float(error) < 2e-6
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+# Prints the MiB that one forward and backward pass of the absorbed head takes beyond what is there before and after.
+PEAK = """
+import torch, ibkernels
+from benchmarks.measure import peak_of
+torch.set_num_threads(2)
+z = torch.randn(1024, 256, requires_grad=True)
+weight = torch.randn(32000, 256, requires_grad=True)
+labels = torch.randint(32000, (1024,))
+def step():
+    ibkernels.linear_cross_entropy(z, weight, labels, backend="cpp").backward()
+def release():
+    z.grad = weight.grad = None
+result = peak_of(lambda: (release(), step()), release, repeats=2)
+print(result["peak"] - result["rest"])
+"""
+
+
+@pytest.mark.skipif(not can_measure_memory(), reason="no high-water mark of memory here")
+def test_peak_memory_of_the_absorbed_head_at_full_size():
+    """Its gradient is 31 MiB and the whole logits would be 125. The budget is 80 MiB."""
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
+    command = [sys.executable, "-c", PEAK]
+    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout) < 80

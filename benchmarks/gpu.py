@@ -1,9 +1,12 @@
-"""`python -m benchmarks.gpu`: time and memory of every op on this GPU; `python -m benchmarks.gpu report FILE`: tables.
+"""`python -m benchmarks.gpu`: time and memory of every op on this GPU.
+
+`python -m benchmarks.gpu report FILE [--plots DIR]`: tables, and pictures in DIR, of a record alone.
 
 Every variant is first compared with float64, and one that errs is not timed. The record, all samples in it, goes to
 $OUT/gpu-<device>.json (OUT unset: benchmarks/results). IBKERNELS_DRY=1: the same at toy sizes in Triton's interpreter.
 """
 
+import argparse
 import datetime
 import gc
 import json
@@ -20,6 +23,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu_plots import plots
 from benchmarks.gpu_problems import DRY, MEASURED, keep_regimes_apart, peak_bytes
 from benchmarks.gpu_report import report
 from benchmarks.measure import interleave, relative_error, timed, write_record
@@ -50,13 +54,14 @@ class DeviceTimer:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; 1 where one of our own ops did not pass its gate."""
-    arguments = sys.argv[1:] if argv is None else list(argv)
-    if len(arguments) == 2 and arguments[0] == "report":
-        print(report(json.loads(Path(arguments[1]).read_text())))
-        return 0
-    if arguments:
-        print("usage: python -m benchmarks.gpu [report FILE]", file=sys.stderr)
-        return 2
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=(__doc__ or "").split("\n\n")[2])
+    commands = parser.add_subparsers(dest="command")
+    reporting = commands.add_parser("report", help="tables of a record")
+    reporting.add_argument("file", metavar="FILE", type=Path)
+    reporting.add_argument("--plots", metavar="DIR", type=Path, help="also a picture of every case, as SVG, in DIR")
+    arguments = parser.parse_args(argv)
+    if arguments.command == "report":
+        return report_file(arguments.file, arguments.plots)
     if DRY:
         os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
         keep_regimes_apart()
@@ -71,6 +76,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     record["cases"] = measure(lambda cases: write_record(folder / f"gpu-{name}.json", {**record, "cases": cases}))
     print(report(record))
     return 1 if any("ibkernels" in case["left_out"] for case in record["cases"].values()) else 0
+
+
+def report_file(file: Path, folder: Path | None) -> int:
+    """Prints a record's tables and draws its plots; 2, with the reason, where there is no record or no matplotlib."""
+    try:
+        record = json.loads(file.read_text())
+        printed = report(record)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        print(f"{file} is not a record of benchmarks.gpu ({type(error).__name__}: {error})", file=sys.stderr)
+        return 2
+    print(printed)
+    if folder is None:
+        return 0
+    try:
+        paths = plots(record, folder)
+    except ModuleNotFoundError as error:
+        print(f'the plots need {error.name}: pip install "ibft[bench]"', file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"the plots cannot be written to {folder}: {error}", file=sys.stderr)
+        return 2
+    print(*["", *paths], sep="\n")
+    return 0
 
 
 def measure(save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
@@ -140,6 +168,7 @@ def environment() -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": _output("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"),
         "device": device,
+        "autotune": os.environ.get("IBKERNELS_AUTOTUNE") == "1",
         "versions": {
             "python": platform.python_version(), **versions, "cuda": torch.version.cuda, "hip": torch.version.hip,
         },

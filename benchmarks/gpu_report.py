@@ -1,7 +1,7 @@
 """The tables of a record of `benchmarks.gpu`, from the record alone, with the targets and whether each was met."""
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from benchmarks.measure import ratio
@@ -67,11 +67,7 @@ TARGETS = [
 
 def report(record: dict[str, Any]) -> str:
     """Markdown."""
-    device, versions, shape = record["device"], record["versions"], record["shape"]
-    named = ", ".join(f"{name} {number}" for name, number in versions.items() if number)
-    sizes = ", ".join(f"{name} {number}" for name, number in shape.items())
-    driver = f", driver {device['driver']}" if device.get("driver") else ""
-    lines = [f"{device['name']}{driver}; {named}; {record['date']}, commit {record['commit'] or 'unknown'}; {sizes}."]
+    lines = [heading(record)]
     if record["dry"]:
         lines.append("\n**A dry run: these numbers mean nothing.**")
     for name, case in record["cases"].items():
@@ -80,14 +76,30 @@ def report(record: dict[str, Any]) -> str:
     return "\n".join([*lines, "", "### Targets", "", *_target_table(record)])
 
 
+def heading(record: dict[str, Any]) -> str:
+    """Device, versions, date, commit and shape, in a sentence."""
+    device, versions, shape = record["device"], record["versions"], record["shape"]
+    named = ", ".join(f"{name} {number}" for name, number in versions.items() if number)
+    sizes = ", ".join(f"{name} {number}" for name, number in shape.items())
+    driver = f", driver {device['driver']}" if device.get("driver") else ""
+    tuned = "; IBKERNELS_AUTOTUNE=1" if record.get("autotune") else ""
+    where = f"{device['name']}{driver}; {named}; {record['date']}, commit {record['commit'] or 'unknown'}"
+    return f"{where}; {sizes}{tuned}."
+
+
+def summary(samples: Sequence[float]) -> tuple[float, float, float]:
+    """Median, p20 and p80."""
+    fifths = statistics.quantiles(samples, n=5, method="inclusive")
+    return statistics.median(samples), fifths[0], fifths[-1]
+
+
 def _case_table(case: Case) -> list[str]:
     rows = [["variant", "ms: median", "p20", "p80", f"/ {OURS}", "peak beyond in- and outputs, MB", "error"]]
     for name, seconds in case["seconds"].items():
-        times = [1e3 * second for second in seconds]
-        fifths = statistics.quantiles(times, n=5, method="inclusive")
+        times = [1e3 * second for second in summary(seconds)]
         against = f"{ratio(seconds, case['seconds'][OURS]).median:.2f}" if OURS in case["seconds"] else "-"
         peak, error = case["peak_bytes"].get(name), case["relative_error"].get(name)
-        rows.append([name, *(f"{time:.4g}" for time in (statistics.median(times), fifths[0], fifths[-1])), against])
+        rows.append([name, *(f"{time:.4g}" for time in times), against])
         rows[-1] += ["-" if peak is None else f"{peak / 1e6:.0f}", "-" if error is None else f"{error:.1e}"]
     return _markdown(rows)
 

@@ -1,10 +1,10 @@
 """`python -m ibkernels.aot`: compiles every shipped Triton configuration for named GPUs, without one, and reports.
 
-    python -m ibkernels.aot --arch sm_80 sm_90 sm_100 gfx942 [--canonical] [--json report.json]
+    python -m ibkernels.aot [--arch sm_80 sm_90 sm_100 gfx942] [--canonical] [--json report.json]
 
 Registers, spilled bytes, shared memory and matrix instructions are facts of the compiled kernel; nothing is timed.
 Exits with 1 when a shipped configuration spills (more than 32 bytes, or anything in a loop), needs more shared memory
-than the chip has, or multiplies half-precision matrices without the chip's own matrix instructions.
+or tensor memory than the chip has, or multiplies half-precision matrices without the chip's own matrix instructions.
 """
 
 import argparse
@@ -34,14 +34,17 @@ class Chip(NamedTuple):
 
 
 # Shared memory: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability" (the opt-in maximum of a
-# thread block); 64 KiB of LDS on CDNA 3.
+# thread block); 64 KiB of LDS on CDNA 3. sm_89 and sm_120 stand for the workstation cards, sm_86 included.
 CHIPS = {
     "sm_80": Chip("cuda", 80, 32, 163 * 1024, "mma.sync"),
+    "sm_89": Chip("cuda", 89, 32, 99 * 1024, "mma.sync"),
     "sm_90": Chip("cuda", 90, 32, 227 * 1024, "wgmma.mma_async"),
     "sm_100": Chip("cuda", 100, 32, 227 * 1024, "tcgen05.mma"),
+    "sm_120": Chip("cuda", 120, 32, 99 * 1024, "mma.sync"),
     "gfx942": Chip("hip", "gfx942", 64, 64 * 1024, "v_mfma"),
 }
 SPILL_LIMIT = 32  # bytes, outside of every loop
+TENSOR_MEMORY_COLUMNS = 512  # of sm_100: PTX ISA, "Tensor Memory"
 
 
 class Kernel(NamedTuple):
@@ -51,7 +54,7 @@ class Kernel(NamedTuple):
     name: str
     types: dict[str, str]
     flags: dict[str, Any]
-    widths: tuple[int, ...]  # of K or D, one for every row of the table of configurations
+    widths: tuple[int, ...]  # one for every row of the table of configurations
     multiplies: bool = True
     float32: str = "ieee"  # precision of its float32 products
 
@@ -101,21 +104,21 @@ KERNELS = {
         | _BOTTLENECK
         | _SIZES,
         {"HAS_BIAS": True, **_NOISE, "SAVE": True, "EVEN_H": True},
-        (256,),
+        (32, 64, 128),
     ),
     "bottleneck_lora_bwd_t": Kernel(
         "bottleneck_lora",
         "bottleneck_lora_bwd_t_kernel",
         {**_LORA_BACKWARD, "grad_t": "*T"},
         {"HAS_BIAS": True, **_BACKWARD},
-        (256,),
+        (32, 64, 128),
     ),
     "bottleneck_lora_bwd_b": Kernel(
         "bottleneck_lora",
         "bottleneck_lora_bwd_b_kernel",
         {**_LORA_BACKWARD, "grad_b": "*fp32", "grad_bias": "*fp32"},
         {"HAS_BIAS": True, **_BACKWARD},
-        (256,),
+        (32, 64, 128),
     ),
     "cross_entropy_fwd": Kernel(
         "cross_entropy", "cross_entropy_fwd_kernel", _HEAD, _WITH_GRADIENT, (64, 128, 256, 512), float32="tf32"
@@ -174,23 +177,39 @@ def jobs(archs: Sequence[str], canonical: bool) -> list[Job]:
 
 def compile_job(job: Job) -> dict[str, Any]:
     """Compiles one configuration; a row of the report. `faults` lists what must not ship."""
+    from ibkernels.gpu import configs
+
+    chip = CHIPS[job.arch]
+    config = configs.lookup(job.kernel, DTYPES[job.dtype], job.width, job.arch)
+    row: dict[str, Any] = {**job._asdict(), "config": config.launch}
+    try:
+        compiled = compiled_kernel(job, config)
+    except Exception as error:  # of many kinds: the compiler's, the assembler's, out of resources
+        return {**row, "faults": [f"does not compile: {' '.join(str(error).split())[:200]}"]}
+    assembly = compiled.asm["ptx" if chip.backend == "cuda" else "amdgcn"]
+    resources = _cuda_resources(compiled.asm["cubin"]) if chip.backend == "cuda" else _hip_resources(assembly)
+    tensor_memory = getattr(compiled.metadata, "tmem_size", None) or 0
+    row |= {**resources, "shared_bytes": compiled.metadata.shared, "tensor_memory_columns": tensor_memory}
+    row["mma"] = assembly.count(chip.matrix)
+    return {**row, "faults": _faults(row, chip, KERNELS[job.kernel].multiplies)}
+
+
+def compiled_kernel(job: Job, config: Any) -> Any:
+    """What triton.compile gives for the job's kernel in a configuration of `configs`."""
     import importlib
 
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from ibkernels.gpu import configs
-
     kernel, chip = KERNELS[job.kernel], CHIPS[job.arch]
     function = getattr(importlib.import_module(f"ibkernels.gpu.{kernel.module}"), kernel.name)
-    config = configs.lookup(job.kernel, DTYPES[job.dtype], job.width, job.arch)
     constants: dict[str, Any] = {
         **kernel.flags,
         **config.blocks,
-        "PRECISION": kernel.float32,
+        "PRECISION": kernel.float32 if job.dtype == "fp32" else "ieee",
+        **dict.fromkeys(("BD", "BR"), max(16, triton.next_power_of_2(job.width))),
     }
-    constants |= {"BD": max(16, triton.next_power_of_2(job.width)), "BR": 32}
     names = [parameter.name for parameter in function.params]
     signature = {
         name: kernel.types[name].replace("T", job.dtype) if name in kernel.types else "constexpr" for name in names
@@ -204,16 +223,8 @@ def compile_job(job: Job) -> dict[str, Any]:
         constexprs=constants,
         attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    row: dict[str, Any] = {**job._asdict(), "config": config.launch}
-    try:
-        compiled = triton.compile(source, GPUTarget(chip.backend, chip.arch, chip.warp_size), options)
-    except Exception as error:  # of many kinds: the compiler's, the assembler's, out of resources
-        return {**row, "faults": [f"does not compile: {' '.join(str(error).split())[:200]}"]}
-    assembly = compiled.asm["ptx" if chip.backend == "cuda" else "amdgcn"]
-    resources = _cuda_resources(compiled.asm["cubin"]) if chip.backend == "cuda" else _hip_resources(assembly)
-    row |= {**resources, "shared_bytes": compiled.metadata.shared, "mma": assembly.count(chip.matrix)}
-    return {**row, "faults": _faults(row, chip, kernel.multiplies)}
+    target = GPUTarget(chip.backend, chip.arch, chip.warp_size)
+    return triton.compile(source, target, {"num_warps": config.num_warps, "num_stages": config.num_stages})
 
 
 def _faults(row: dict[str, Any], chip: Chip, multiplies: bool) -> list[str]:
@@ -222,6 +233,8 @@ def _faults(row: dict[str, Any], chip: Chip, multiplies: bool) -> list[str]:
         faults.append(f"spills {row['spill_bytes']} bytes, {row['spills_in_loops']} accesses of them in loops")
     if row["shared_bytes"] > chip.shared_bytes:
         faults.append(f"needs {row['shared_bytes']} bytes of shared memory of {chip.shared_bytes}")
+    if row["tensor_memory_columns"] > TENSOR_MEMORY_COLUMNS:
+        faults.append(f"needs {row['tensor_memory_columns']} columns of tensor memory of {TENSOR_MEMORY_COLUMNS}")
     if multiplies and row["dtype"] != "fp32" and not row["mma"]:
         faults.append(f"has no {chip.matrix}")
     return faults

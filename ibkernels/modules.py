@@ -62,6 +62,7 @@ class VariationalBottleneck(nn.Module):
         if kl_reduction not in KL_REDUCTIONS:
             raise ValueError(f"kl_reduction is {kl_reduction!r}; it must be one of {', '.join(KL_REDUCTIONS)}.")
         check_logvar_range(logvar_range)
+        self.hidden_size, self.bottleneck_dim, self.encoder_rank = hidden_size, bottleneck_dim, encoder_rank
         self.sample = sample
         self.logvar_range = logvar_range
         self.kl_reduction = kl_reduction
@@ -135,9 +136,9 @@ class VariationalBottleneck(nn.Module):
 
     def extra_repr(self) -> str:
         """As nn.Linear prints itself."""
-        hidden_size, width = self.up_weight.shape
-        encoder = f"lora, encoder_rank={self.lora_a.shape[0]}" if hasattr(self, "lora_a") else "linear"
-        return f"{hidden_size}, {width}, encoder={encoder}, kl_reduction={self.kl_reduction}, sample={self.sample}"
+        encoder = "linear" if self.encoder_rank is None else f"lora, encoder_rank={self.encoder_rank}"
+        sizes = f"{self.hidden_size}, {self.bottleneck_dim}"  # not the parameters': sharded ones have another shape
+        return f"{sizes}, encoder={encoder}, kl_reduction={self.kl_reduction}, sample={self.sample}"
 
 
 class BottleneckHead(nn.Module):

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import gpu
+from benchmarks.gpu_plots import DRY_LABEL, figure, plots
 from benchmarks.gpu_report import TARGETS, report
 
 pytest.importorskip("triton")
@@ -40,9 +43,13 @@ def test_the_dry_mode_runs_every_test_and_every_benchmark(tmp_path: Path) -> Non
             case["relative_error"].keys() == case["peak_bytes"].keys() and max(case["relative_error"].values()) < 1e-4
         )
         assert all(len(samples) == 2 and min(samples) > 0 for samples in case["seconds"].values())
-    printed = run(sys.executable, "-m", "benchmarks.gpu", "report", str(tmp_path / "gpu-dry.json")).stdout.strip()
-    assert printed in result.stdout and "these numbers mean nothing" in printed
-    assert all(target.text in printed for target in TARGETS)
+    command = (sys.executable, "-m", "benchmarks.gpu", "report", str(tmp_path / "gpu-dry.json"))
+    printed = run(*command, "--plots", str(tmp_path / "plots")).stdout
+    tables, _, paths = printed.rpartition("\n\n")
+    assert tables in result.stdout and "these numbers mean nothing" in tables
+    assert all(target.text in tables for target in TARGETS)
+    assert {Path(path) for path in paths.split()} == set((tmp_path / "plots").iterdir()) and len(paths.split()) == 6
+    assert all(DRY_LABEL in Path(path).read_text() for path in paths.split())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -80,3 +87,78 @@ def test_the_report_judges_every_target() -> None:
         case["peak_bytes"].pop("ibkernels", None)
     assert verdicts(without_ours) == ["not measured"] * len(TARGETS)
     assert "Not measured: Liger (not importable)." in report(without_ours)
+
+
+def test_the_report_says_where_configurations_were_searched_for() -> None:
+    record = record_of(seconds=0.001, bytes=1e6)
+    assert "IBKERNELS_AUTOTUNE" not in report(record) and "IBKERNELS_AUTOTUNE=1" in report({**record, "autotune": True})
+
+
+# ---- the pictures of a record ----------------------------------------------------------------------------------------
+
+
+def measured_record() -> dict[str, Any]:
+    record = record_of(seconds=0.001, bytes=3e6)
+    case = record["cases"]["bottleneck, lora: forward"]
+    samples = {"floor: copy": [1e-3, 2e-3, 4e-3], "eager": [5e-3, 7e-3, 6e-3], "ibkernels": [3e-3, 1e-3, 2e-3]}
+    record["cases"]["bottleneck, lora: forward"] = {
+        **case, "seconds": samples, "relative_error": {"ibkernels": 2e-3, "eager": 4e-4},
+    }  # fmt: skip
+    return record
+
+
+def test_a_picture_shows_medians_spread_memory_and_error() -> None:
+    record = measured_record()
+    drawn = figure(record, "bottleneck, lora: forward")
+    times, memory, errors = drawn.axes
+    names = ["ibkernels", "eager", "floor: copy"]  # ours first, floors last
+    assert [label.get_text() for label in times.get_yticklabels()] == names
+    samples = record["cases"]["bottleneck, lora: forward"]["seconds"]
+    assert [bar.get_width() for bar in times.patches] == pytest.approx(
+        [1e3 * statistics.median(samples[n]) for n in names]
+    )
+    whiskers = [segment[:, 0].tolist() for segment in times.collections[0].get_segments()]
+    assert whiskers[2] == pytest.approx([1.4, 3.2])  # p20 and p80 of 1, 2 and 4
+    assert [bar.get_width() for bar in memory.patches][:2] == pytest.approx([3, 100])
+    points = errors.collections[0].get_offsets()
+    assert points[:2, 0].tolist() == pytest.approx([2e-3, 4e-4])
+    assert not any(DRY_LABEL in text.get_text() for text in drawn.texts)
+    assert any("Not measured: Liger (not importable)." in text.get_text() for text in drawn.texts)
+
+
+def test_pictures_come_from_the_record_alone(tmp_path: Path) -> None:
+    record = measured_record()
+    record["cases"]["bottleneck, linear: forward"] = {**record["cases"]["bottleneck, linear: forward"], "seconds": {}}
+    written = [plots(json.loads(json.dumps(record)), tmp_path / name) for name in ("one", "two")]
+    assert len(written[0]) == len(CASES) - 1  # what was not measured has no picture
+    assert [path.read_bytes() for path in written[0]] == [path.read_bytes() for path in written[1]]
+    assert all(path.read_text().count("<svg") == 1 and "ibkernels" in path.read_text() for path in written[0])
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"), [(None, "No such file"), ("{", "Expecting"), ("[]", "TypeError"), ("{}", "'device'")]
+)
+def test_what_is_no_record_is_refused_with_a_sentence(
+    content: str | None, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "record.json"
+    if content is not None:
+        path.write_text(content)
+    assert gpu.main(["report", str(path), "--plots", str(tmp_path / "plots")]) == 2
+    printed = capsys.readouterr()
+    assert f"{path} is not a record of benchmarks.gpu" in printed.err and reason in printed.err and not printed.out
+    assert not (tmp_path / "plots").exists()
+
+
+def test_plots_that_cannot_be_drawn_leave_the_tables(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps(measured_record()))
+    assert gpu.main(["report", str(path), "--plots", str(path)]) == 2
+    printed = capsys.readouterr()
+    assert "cannot be written to" in printed.err and "### Targets" in printed.out
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert gpu.main(["report", str(path), "--plots", str(tmp_path / "plots")]) == 2
+    printed = capsys.readouterr()
+    assert 'the plots need matplotlib: pip install "ibft[bench]"' in printed.err and "### Targets" in printed.out

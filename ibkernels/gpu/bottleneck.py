@@ -20,11 +20,15 @@ def bottleneck_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `reference.bottleneck_forward`."""
     hidden = _rows_contiguous(hidden)
-    rows = rows if rows is None else rows.contiguous()
+    rng, rows = _contiguous(rng), _contiguous(rows)
     if lora_b is None:
         z, kl, *saved = bottleneck_linear.forward(hidden, weight, bias, rng, rows, logvar_range, save)
-    else:
+    elif bottleneck_lora.holds(hidden, weight.shape[0]):
         z, kl, t = bottleneck_lora.forward(hidden, weight, lora_b, bias, rng, rows, logvar_range, save)
+        saved = [t, kl.new_empty(0)]
+    else:  # of a high rank: a linear encoder behind a library GEMM
+        t = mm_float32(hidden, weight.to(hidden.dtype).T).to(hidden.dtype)
+        z, kl, *_ = bottleneck_linear.forward(t, lora_b, bias, rng, rows, logvar_range, False)
         saved = [t, kl.new_empty(0)]
     return z, kl / z.shape[1] if kl_mean else kl, saved[0], saved[1]
 
@@ -45,9 +49,7 @@ def bottleneck_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `reference.bottleneck_backward`."""
     hidden = _rows_contiguous(hidden)
-    rows = rows if rows is None else rows.contiguous()
-    grad_z = grad_z if grad_z is None else grad_z.contiguous()
-    grad_kl = grad_kl if grad_kl is None else grad_kl.contiguous()
+    rng, rows, grad_z, grad_kl = (_contiguous(tensor) for tensor in (rng, rows, grad_z, grad_kl))
     width = (weight if lora_b is None else lora_b).shape[0] // 2
     kl_scale = 1 / width if kl_mean else 1.0
     upstream = (grad_z, grad_kl, hidden)
@@ -56,10 +58,21 @@ def bottleneck_backward(
             *upstream, weight, bias, rng, rows, saved, logvar_range, kl_scale, (needs[0], needs[1], needs[3])
         )
         grad_b = None
-    else:
+    elif bottleneck_lora.holds(hidden, weight.shape[0]):
         grad_hidden, grad_weight, grad_b, grad_bias = bottleneck_lora.backward(
             *upstream, weight, lora_b, bias, rng, rows, saved[0], logvar_range, kl_scale, needs
         )
+    else:
+        t = saved[0]
+        _, _, *encoded = bottleneck_linear.forward(t, lora_b, bias, None, rows, logvar_range, True)
+        grad_t, grad_b, grad_bias = bottleneck_linear.backward(
+            grad_z, grad_kl, t, lora_b, bias, rng, rows, (encoded[0], encoded[1]), logvar_range, kl_scale,
+            (needs[0] or needs[1], needs[2], needs[3]),
+        )  # fmt: skip
+        grad_hidden = grad_weight = None
+        if grad_t is not None:
+            grad_hidden = grad_t @ weight.to(hidden.dtype) if needs[0] else None
+            grad_weight = mm_float32(grad_t.T, hidden) if needs[1] else None
     return (
         _or_empty(grad_hidden, hidden, hidden.dtype),
         _or_empty(grad_weight, hidden, weight.dtype),
@@ -123,6 +136,10 @@ def _project(
 def _rows_contiguous(hidden: Tensor) -> Tensor:
     """hidden itself where each of its rows lies in one piece, else a copy: kernels step from row to row by a stride."""
     return hidden if hidden.stride(-1) == 1 or not hidden.numel() else hidden.contiguous()
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
 
 
 def _or_empty(gradient: Tensor | None, like: Tensor, dtype: torch.dtype) -> Tensor:

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ibkernels.gpu import configs
-from ibkernels.gpu.launch import dot_precision, mm_float32
+from ibkernels.gpu.configs import Config
+from ibkernels.gpu.launch import configured, dot_precision, float32_vector, mm_float32
 from ibkernels.gpu.philox import load_rng, normals, row_ids
 
 
@@ -45,8 +45,10 @@ def bottleneck_linear_fwd_kernel(
     BH: tl.constexpr,
 ):
     # The column tiles of a block of rows are neighbours in the grid: hidden leaves DRAM once, L2 serves the others.
-    pid_k = tl.program_id(0)
-    o_n = tl.program_id(1) * BM + tl.arange(0, BM)
+    # One dimension, because the second one of a grid ends at 65535.
+    tiles = tl.cdiv(K, BK)
+    pid_k = tl.program_id(0) % tiles
+    o_n = tl.program_id(0) // tiles * BM + tl.arange(0, BM)
     o_k = pid_k * BK + tl.arange(0, BK)
     o_h = tl.arange(0, BH)
     i = tl.arange(0, 2 * BK)
@@ -71,7 +73,7 @@ def bottleneck_linear_fwd_kernel(
     b_mu = tl.reshape(b_mu, (BM, BK))
     b_raw = tl.reshape(b_raw, (BM, BK))
 
-    b_logvar = tl.minimum(tl.maximum(b_raw, logvar_min), logvar_max)
+    b_logvar = tl.clamp(b_raw, logvar_min, logvar_max, tl.PropagateNan.ALL)
     std = tl.exp(0.5 * b_logvar)
     in_k = (o_k < K)[None, :]
     b_kl = tl.where(in_k, b_mu * b_mu + (tl.exp(b_logvar) - 1.0 - b_logvar), 0.0)
@@ -111,15 +113,16 @@ def bottleneck_linear_bwd_kernel(
     BK: tl.constexpr,
 ):
     """Elementwise: 2-3 reads and 2 writes of N·K elements, bound by memory."""
-    pid_k = tl.program_id(0)
-    o_n = tl.program_id(1) * BM + tl.arange(0, BM)
+    tiles = tl.cdiv(K, BK)
+    pid_k = tl.program_id(0) % tiles
+    o_n = tl.program_id(0) // tiles * BM + tl.arange(0, BM)
     o_k = pid_k * BK + tl.arange(0, BK)
     in_n = o_n < N
     mask = in_n[:, None] & (o_k < K)[None, :]
     o_z = o_n.to(tl.int64)[:, None] * K + o_k[None, :]
     b_mu = tl.load(mu + o_z, mask=mask, other=0.0).to(tl.float32)
     b_raw = tl.load(raw_logvar + o_z, mask=mask, other=0.0)
-    b_logvar = tl.minimum(tl.maximum(b_raw, logvar_min), logvar_max)
+    b_logvar = tl.clamp(b_raw, logvar_min, logvar_max, tl.PropagateNan.ALL)
     std = tl.exp(0.5 * b_logvar)
     b_grad_mu = tl.zeros((BM, BK), tl.float32)
     b_grad_logvar = tl.zeros((BM, BK), tl.float32)
@@ -151,17 +154,18 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """z [N, K], kl [N] summed over K, mu and raw logvar [N, K] (empty unless `save`). hidden's last stride is 1."""
     num_tokens, width = hidden.shape[0], weight.shape[0] // 2
-    config = configs.choose("bottleneck_linear_fwd", hidden, width)
-    tiles = triton.cdiv(width, config.blocks["BK"])
     z = hidden.new_empty(num_tokens, width)
-    kl = hidden.new_empty((tiles, num_tokens), dtype=torch.float32)
     shape = (num_tokens, width) if save else (0,)
     mu, raw_logvar = hidden.new_empty(shape), hidden.new_empty(shape, dtype=torch.float32)
-    if num_tokens:
-        bottleneck_linear_fwd_kernel[(tiles, triton.cdiv(num_tokens, config.blocks["BM"]))](
+    weight, bias = weight.to(hidden.dtype).contiguous(), float32_vector(bias)
+
+    def run(config: Config) -> Tensor:
+        tiles = triton.cdiv(width, config.blocks["BK"])
+        kl = hidden.new_empty((tiles, num_tokens), dtype=torch.float32)
+        bottleneck_linear_fwd_kernel[(tiles * triton.cdiv(num_tokens, config.blocks["BM"]),)](
             hidden,
-            weight.to(hidden.dtype).contiguous(),
-            bias if bias is None else bias.float(),
+            weight,
+            bias,
             rng,
             rows,
             z,
@@ -178,10 +182,13 @@ def forward(
             HAS_ROWS=rows is not None,
             SAVE=save,
             EVEN_H=hidden.shape[1] % config.blocks["BH"] == 0,
-            PRECISION=dot_precision(hidden.dtype),
+            PRECISION=dot_precision(hidden),
             **config.launch,
         )
-    return z, kl.sum(dim=0), mu, raw_logvar
+        return kl.sum(dim=0)
+
+    kl = configured("bottleneck_linear_fwd", hidden, width, run)
+    return z, kl, mu, raw_logvar
 
 
 def backward(
@@ -200,11 +207,11 @@ def backward(
     """Gradients of (hidden, weight, bias), None where not needed; of the weight and bias in float32."""
     mu, raw_logvar = saved
     num_tokens, width = mu.shape
-    config = configs.choose("bottleneck_linear_bwd", hidden, width)
     grad = hidden.new_empty(num_tokens, 2 * width)
-    if num_tokens:
-        grid = (triton.cdiv(width, config.blocks["BK"]), triton.cdiv(num_tokens, config.blocks["BM"]))
-        bottleneck_linear_bwd_kernel[grid](
+
+    def run(config: Config) -> None:
+        tiles = triton.cdiv(width, config.blocks["BK"])
+        bottleneck_linear_bwd_kernel[(tiles * triton.cdiv(num_tokens, config.blocks["BM"]),)](
             grad_z,
             grad_kl,
             mu,
@@ -222,6 +229,8 @@ def backward(
             HAS_ROWS=rows is not None,
             **config.launch,
         )
+
+    configured("bottleneck_linear_bwd", hidden, width, run)
     grad_hidden = grad @ weight.to(hidden.dtype) if needs[0] else None
     grad_weight = mm_float32(grad.T, hidden) if needs[1] else None
     grad_bias = grad.sum(dim=0, dtype=torch.float32) if needs[2] and bias is not None else None

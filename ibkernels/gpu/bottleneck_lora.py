@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ibkernels.gpu import configs
-from ibkernels.gpu.launch import dot_precision, mm_float32
+from ibkernels.gpu.configs import Config
+from ibkernels.gpu.launch import configured, dot_precision, float32_vector, mm_float32
 from ibkernels.gpu.philox import load_rng, normals, row_ids
 
 
@@ -60,7 +61,7 @@ def _grad_tile(
     """Gradients of mu and raw logvar [BM, BK]; b_grad_kl [BM] is that of the sum over K."""
     o_k = first + tl.arange(0, BK)
     mask = (o_n < N)[:, None] & (o_k < K)[None, :]
-    b_logvar = tl.minimum(tl.maximum(b_raw, logvar_min), logvar_max)
+    b_logvar = tl.clamp(b_raw, logvar_min, logvar_max, tl.PropagateNan.ALL)
     std = tl.exp(0.5 * b_logvar)
     b_grad_mu = tl.zeros((BM, BK), tl.float32)
     b_grad_logvar = tl.zeros((BM, BK), tl.float32)
@@ -131,7 +132,7 @@ def bottleneck_lora_fwd_kernel(
     b_kl = tl.zeros((BM,), tl.float32)
     for first in range(0, K, BK):
         b_mu, b_raw, _, _ = _encode_tile(b_t, lora_b, bias, first, K, R, HAS_BIAS, PRECISION, BK, BR)
-        b_logvar = tl.minimum(tl.maximum(b_raw, logvar_min), logvar_max)
+        b_logvar = tl.clamp(b_raw, logvar_min, logvar_max, tl.PropagateNan.ALL)
         std = tl.exp(0.5 * b_logvar)
         o_k = first + tl.arange(0, BK)
         in_k = (o_k < K)[None, :]
@@ -253,7 +254,7 @@ def bottleneck_lora_bwd_b_kernel(
         sum_logvar += tl.sum(b_grad_logvar, 0)
     in_k = o_k < K
     mask = in_k[:, None] & (o_r < R)[None, :]
-    p_b = grad_b + (split * 2 * K + o_k)[:, None] * R + o_r[None, :]
+    p_b = grad_b + (split.to(tl.int64) * 2 * K + o_k)[:, None] * R + o_r[None, :]
     tl.store(p_b, acc_mu, mask=mask)
     tl.store(p_b + K * R, acc_logvar, mask=mask)
     p_bias = grad_bias + split * 2 * K + o_k
@@ -273,16 +274,18 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """z [N, K], kl [N] summed over K, and t [N, R] (empty unless `save`). hidden's last stride is 1."""
     num_tokens, rank, width = hidden.shape[0], lora_a.shape[0], lora_b.shape[0] // 2
-    config = configs.choose("bottleneck_lora_fwd", hidden, width)
     z = hidden.new_empty(num_tokens, width)
     kl = hidden.new_empty(num_tokens, dtype=torch.float32)
     t = hidden.new_empty((num_tokens, rank) if save else (0,))
-    if num_tokens:
+    lora_a, lora_b = (factor.to(hidden.dtype).contiguous() for factor in (lora_a, lora_b))
+    bias = float32_vector(bias)
+
+    def run(config: Config) -> None:
         bottleneck_lora_fwd_kernel[(triton.cdiv(num_tokens, config.blocks["BM"]),)](
             hidden,
-            lora_a.to(hidden.dtype).contiguous(),
-            lora_b.to(hidden.dtype).contiguous(),
-            bias if bias is None else bias.float(),
+            lora_a,
+            lora_b,
+            bias,
             rng,
             rows,
             z,
@@ -299,10 +302,12 @@ def forward(
             HAS_ROWS=rows is not None,
             SAVE=save,
             EVEN_H=hidden.shape[1] % config.blocks["BH"] == 0,
-            PRECISION=dot_precision(hidden.dtype),
+            PRECISION=dot_precision(hidden),
             BR=rank_block(rank),
             **config.launch,
         )
+
+    configured("bottleneck_lora_fwd", hidden, rank, run)
     return z, kl, t
 
 
@@ -327,7 +332,7 @@ def backward(
         grad_kl,
         t,
         lora_b.to(hidden.dtype).contiguous(),
-        bias if bias is None else bias.float(),
+        float32_vector(bias),
         rng,
         rows,
     )
@@ -337,41 +342,50 @@ def backward(
         "HAS_KL": grad_kl is not None,
         "SAMPLE": rng is not None,
         "HAS_ROWS": rows is not None,
-        "PRECISION": dot_precision(hidden.dtype),
+        "PRECISION": dot_precision(hidden),
         "BR": rank_block(rank),
     }
     grad_hidden = grad_a = grad_b = grad_bias = None
     if needs[0] or needs[1]:
         grad_t = hidden.new_empty(num_tokens, rank)
-        config = configs.choose("bottleneck_lora_bwd_t", hidden, width)
-        if num_tokens:
+
+        def run_t(config: Config) -> None:
             bottleneck_lora_bwd_t_kernel[(triton.cdiv(num_tokens, config.blocks["BM"]),)](
                 *arguments, grad_t, num_tokens, width, rank, kl_scale, *logvar_range, **flags, **config.launch
             )
+
+        configured("bottleneck_lora_bwd_t", hidden, rank, run_t)
         grad_hidden = grad_t @ lora_a.to(hidden.dtype) if needs[0] else None
         grad_a = mm_float32(grad_t.T, hidden) if needs[1] else None
     if needs[2] or needs[3]:
-        config = configs.choose("bottleneck_lora_bwd_b", hidden, width)
-        splits = max(1, min(64, triton.cdiv(num_tokens, 4 * config.blocks["BM"])))
-        rows_per_split = triton.cdiv(num_tokens, splits * config.blocks["BM"]) * config.blocks["BM"]
-        partial_b = hidden.new_empty((splits, 2 * width, rank), dtype=torch.float32)
-        partial_bias = hidden.new_empty((splits, 2 * width), dtype=torch.float32)
-        bottleneck_lora_bwd_b_kernel[(triton.cdiv(width, config.blocks["BK"]), splits)](
-            *arguments,
-            partial_b,
-            partial_bias,
-            num_tokens,
-            width,
-            rank,
-            rows_per_split,
-            kl_scale,
-            *logvar_range,
-            **flags,
-            **config.launch,
-        )
-        grad_b = partial_b.sum(dim=0) if needs[2] else None
-        grad_bias = partial_bias.sum(dim=0) if needs[3] and bias is not None else None
-    return grad_hidden, grad_a, grad_b, grad_bias
+
+        def run_b(config: Config) -> tuple[Tensor, Tensor]:
+            splits = max(1, min(64, triton.cdiv(num_tokens, 4 * config.blocks["BM"])))
+            rows_per_split = triton.cdiv(num_tokens, splits * config.blocks["BM"]) * config.blocks["BM"]
+            partial_b = hidden.new_empty((splits, 2 * width, rank), dtype=torch.float32)
+            partial_bias = hidden.new_empty((splits, 2 * width), dtype=torch.float32)
+            bottleneck_lora_bwd_b_kernel[(triton.cdiv(width, config.blocks["BK"]), splits)](
+                *arguments,
+                partial_b,
+                partial_bias,
+                num_tokens,
+                width,
+                rank,
+                rows_per_split,
+                kl_scale,
+                *logvar_range,
+                **flags,
+                **config.launch,
+            )
+            return partial_b.sum(dim=0), partial_bias.sum(dim=0)
+
+        grad_b, grad_bias = configured("bottleneck_lora_bwd_b", hidden, rank, run_b)
+    return grad_hidden, grad_a, grad_b if needs[2] else None, grad_bias if needs[3] and bias is not None else None
+
+
+def holds(hidden: Tensor, rank: int) -> bool:
+    """Whether the rows of B for a tile, and t, fit on chip: see the table of `configs`."""
+    return rank <= configs.widest("bottleneck_lora_fwd", hidden.element_size(), configs.chip(hidden.device))
 
 
 def rank_block(rank: int) -> int:

@@ -31,7 +31,8 @@ def _config(num_warps: int, num_stages: int, **blocks: int) -> Config:
 
 ANY = 2**31  # a width that tiles take, however large
 
-# kernel -> bytes of an element -> (widest D or K it is for, configuration by chip; "default" for the others)
+# kernel -> bytes of an element -> (greatest width it is for, configuration by chip; "default" for the others). The
+# width is D of a cross-entropy, K of the linear encoder, R of LoRA's, V of the softmax's gradient.
 _SHIPPED: dict[str, dict[int, list[tuple[int, dict[str, Config | None]]]]] = {
     "bottleneck_linear_fwd": {
         2: [
@@ -42,26 +43,62 @@ _SHIPPED: dict[str, dict[int, list[tuple[int, dict[str, Config | None]]]]] = {
     },
     "bottleneck_linear_bwd": {size: [(ANY, {"default": _config(4, 2, BM=32, BK=64)})] for size in (2, 4)},
     "bottleneck_lora_fwd": {
-        2: [(ANY, {"default": _config(4, 3, BM=64, BK=32, BH=128)})],
-        4: [(ANY, {"default": _config(4, 2, BM=32, BK=32, BH=32)})],
+        2: [
+            (64, {"default": _config(4, 3, BM=64, BK=32, BH=128)}),
+            (128, {"default": _config(4, 3, BM=64, BK=32, BH=64)}),
+        ],
+        4: [(32, {"default": _config(4, 2, BM=32, BK=32, BH=32)})],
     },
-    "bottleneck_lora_bwd_t": {size: [(ANY, {"default": _config(4, 2, BM=64, BK=32)})] for size in (2, 4)},
-    "bottleneck_lora_bwd_b": {size: [(ANY, {"default": _config(4, 2, BM=64, BK=32)})] for size in (2, 4)},
+    "bottleneck_lora_bwd_t": {
+        2: [
+            (64, {"default": _config(4, 2, BM=64, BK=32)}),
+            (128, {"default": _config(8, 2, BM=64, BK=32), "gfx942": _config(4, 2, BM=64, BK=16)}),
+        ],
+        4: [(32, {"default": _config(4, 2, BM=64, BK=32)})],
+    },
+    "bottleneck_lora_bwd_b": {
+        2: [
+            (64, {"default": _config(4, 2, BM=64, BK=32)}),
+            (128, {"default": _config(8, 2, BM=64, BK=32), "gfx942": _config(4, 2, BM=64, BK=16)}),
+        ],
+        4: [(32, {"default": _config(4, 2, BM=64, BK=32), "sm_89": _config(4, 2, BM=32, BK=32)})],
+    },
     "cross_entropy_fwd": {
         2: [
             (128, {"default": _config(8, 2, BM=128, BV=128), "gfx942": _config(8, 1, BM=128, BV=64)}),
-            (256, {"default": _config(8, 2, BM=128, BV=64), "gfx942": _config(8, 1, BM=128, BV=32)}),
+            (
+                256,
+                {
+                    "default": _config(8, 2, BM=128, BV=64),
+                    "sm_89": _config(8, 2, BM=128, BV=32),
+                    "gfx942": _config(8, 1, BM=128, BV=32),
+                },
+            ),
             (
                 512,
                 {
                     "default": _config(8, 2, BM=64, BV=32),
+                    "sm_89": _config(8, 2, BM=64, BV=16),
                     "sm_90": _config(16, 2, BM=64, BV=32),
                     "sm_100": None,  # none was found that spills nothing and multiplies by tcgen05
                     "gfx942": _config(8, 1, BM=32, BV=16),
                 },
             ),
         ],
-        4: [(128, {"default": _config(8, 2, BM=64, BV=64), "gfx942": _config(8, 1, BM=64, BV=32)})],
+        # In TF32; wider ones leave room for 32 rows a block, and reading the weight for each costs more than logits do.
+        4: [
+            (128, {"default": _config(8, 2, BM=64, BV=64), "gfx942": _config(8, 1, BM=64, BV=32)}),
+            (
+                256,
+                {
+                    "default": _config(8, 1, BM=64, BV=32),
+                    "sm_89": _config(8, 1, BM=64, BV=16),
+                    "sm_90": _config(8, 1, BM=128, BV=16),
+                    "sm_100": _config(8, 1, BM=64, BV=64),
+                    "gfx942": _config(8, 1, BM=64, BV=16),
+                },
+            ),
+        ],
     },
     "cross_entropy_finish": {
         size: [(256, {"default": _config(4, 1, BM=16)}), (512, {"default": _config(4, 1, BM=8)})] for size in (2, 4)
@@ -78,9 +115,27 @@ _SHIPPED: dict[str, dict[int, list[tuple[int, dict[str, Config | None]]]]] = {
                     "gfx942": _config(8, 1, BM=16, BV=128),
                 },
             ),
-            (512, {"default": _config(8, 2, BM=32, BV=64), "gfx942": _config(8, 1, BM=16, BV=32)}),
+            (
+                512,
+                {
+                    "default": _config(8, 2, BM=32, BV=64),
+                    "sm_89": _config(8, 2, BM=16, BV=64),
+                    "gfx942": _config(8, 1, BM=16, BV=32),
+                },
+            ),
         ],
-        4: [(128, {"default": _config(8, 1, BM=32, BV=64), "gfx942": _config(8, 1, BM=16, BV=64)})],
+        4: [
+            (128, {"default": _config(8, 1, BM=32, BV=64), "gfx942": _config(8, 1, BM=16, BV=64)}),
+            (
+                256,
+                {
+                    "default": _config(8, 1, BM=32, BV=64),
+                    "sm_89": _config(8, 1, BM=16, BV=64),
+                    "sm_90": _config(8, 1, BM=16, BV=64),
+                    "gfx942": _config(8, 1, BM=16, BV=64),
+                },
+            ),
+        ],
     },
     "softmax_grad": {size: [(ANY, {"default": _config(8, 1, BV=4096)})] for size in (2, 4)},
 }
@@ -89,24 +144,49 @@ _INTERPRETED = {"BM": 16, "BK": 16, "BH": 16, "BV": 32}
 
 
 def choose(kernel: str, tensor: Tensor, width: int) -> Config:
-    """The shipped configuration of a kernel for the tensor's dtype and device; width is K or D."""
+    """The shipped configuration of a kernel for the tensor's dtype and device; width as the table counts it."""
     return lookup(kernel, tensor.element_size(), width, chip(tensor.device))
 
 
 def lookup(kernel: str, element_size: int, width: int, chip_name: str) -> Config:
     """The table's entry: the narrowest that `width` fits into."""
-    by_chip = next(entry for limit, entry in _SHIPPED[kernel][element_size] if width <= limit)
-    config = by_chip.get(chip_name, by_chip["default"])
+    config = _of_chip(entry(kernel, element_size, width), chip_name)
     assert config is not None, f"{kernel} has no configuration of width {width} for {chip_name}: see `widest`"
     if chip_name == "interpreter":
         return config._replace(blocks={name: _INTERPRETED[name] for name in config.blocks})
     return config
 
 
+def entry(kernel: str, element_size: int, width: int) -> dict[str, Config | None]:
+    """Every chip's configuration of the table's row for `width`."""
+    return next(by_chip for limit, by_chip in _SHIPPED[kernel][element_size] if width <= limit)
+
+
 def widest(kernel: str, element_size: int, chip_name: str) -> int:
-    """The widest K or D that the table has a configuration for on that chip."""
+    """The widest that the table has a configuration for on that chip."""
     entries = _SHIPPED[kernel][element_size]
-    return max(limit for limit, by_chip in entries if by_chip.get(chip_name, by_chip["default"]) is not None)
+    return max(limit for limit, by_chip in entries if _of_chip(by_chip, chip_name) is not None)
+
+
+def _of_chip(by_chip: dict[str, Config | None], chip_name: str) -> Config | None:
+    name = chip_name if chip_name in by_chip else _like(chip_name)
+    return by_chip.get(name, by_chip["default"])
+
+
+def _like(chip_name: str) -> str:
+    """The chip of the table that has the same matrix instructions as one that is not in it, and no more memory."""
+    if chip_name.startswith("gfx"):
+        return "gfx942"
+    if chip_name == "sm_86" or chip_name.startswith("sm_12"):  # 99 KiB of shared memory
+        return "sm_89"
+    if chip_name.startswith(("sm_10", "sm_11")):
+        return "sm_100"
+    return "sm_80" if chip_name == "sm_87" else chip_name
+
+
+def has_tf32(chip_name: str) -> bool:
+    """Whether Triton multiplies in TF32 there."""
+    return not chip_name.startswith("gfx") or chip_name == "gfx942"
 
 
 @functools.cache
@@ -124,7 +204,7 @@ def splits(device: torch.device, row_blocks: int, column_blocks: int) -> int:
     """Over how many programs to split the vocabulary of a block of rows, so that every processor has work."""
     if device.type == "cpu":
         return min(2, column_blocks)
-    return max(1, min(8, _processors(device) // row_blocks, column_blocks))
+    return max(1, min(8, _processors(device) // max(row_blocks, 1), column_blocks))
 
 
 @functools.cache

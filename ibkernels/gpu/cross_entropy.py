@@ -10,13 +10,16 @@ order, takes the target's logit apart, and applies the options. Both passes are 
 D, by the exponentials: N·V of them a pass.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ibkernels.gpu import configs
-from ibkernels.gpu.launch import dot_precision
+from ibkernels.gpu.configs import Config
+from ibkernels.gpu.launch import configured, dot_precision
 from ibkernels.gpu.softmax import LOG2E, LOWEST, softcapped
 from ibkernels.options import LogitOptions
 from ibkernels.reference.cross_entropy import CrossEntropyResult
@@ -33,7 +36,6 @@ def cross_entropy_fwd_kernel(
     weighted_sum,  # [S, N], sum of exp(logit - peak) (logit - peak), for the entropy
     best,  # [S, N] int32, the first column of the largest logit
     pull,  # [S, N, D] float32, sum of exp(logit - peak) slope weight_row
-    slope_sum,  # [S, N, D] float32, sum of slope weight_row: softcap with label smoothing only
     N,
     V,
     D,
@@ -62,8 +64,6 @@ def cross_entropy_fwd_kernel(
     b_best = tl.zeros((BM,), tl.int32)
     if PULL:
         b_pull = tl.zeros((BM, BD), tl.float32)
-        if SOFTCAP and SMOOTH:
-            b_slope_sum = tl.zeros((BM, BD), tl.float32)
     start = split * columns_per_split
     for v in range(start, tl.minimum(V, start + columns_per_split), BV):
         o_v = v + tl.arange(0, BV)
@@ -94,9 +94,6 @@ def cross_entropy_fwd_kernel(
         if PULL:
             if SOFTCAP:
                 exp *= slope
-                if SMOOTH:
-                    kept = tl.where(in_v[None, :], slope, 0.0).to(b_weight.dtype)
-                    b_slope_sum = tl.dot(kept, b_weight, b_slope_sum, input_precision=PRECISION)
             b_pull = tl.dot(exp.to(b_weight.dtype), b_weight, b_pull * decay[:, None], input_precision=PRECISION)
     o_s = split.to(tl.int64) * N + o_n
     tl.store(peak + o_s, b_peak, mask=in_n)
@@ -107,10 +104,7 @@ def cross_entropy_fwd_kernel(
         tl.store(weighted_sum + o_s, b_weighted, mask=in_n)
         tl.store(best + o_s, b_best, mask=in_n)
     if PULL:
-        mask = in_n[:, None] & in_d[None, :]
-        tl.store(pull + o_s[:, None] * D + o_d[None, :], b_pull, mask=mask)
-        if SOFTCAP and SMOOTH:
-            tl.store(slope_sum + o_s[:, None] * D + o_d[None, :], b_slope_sum, mask=mask)
+        tl.store(pull + o_s[:, None] * D + o_d[None, :], b_pull, mask=in_n[:, None] & in_d[None, :])
 
 
 @triton.jit
@@ -126,8 +120,7 @@ def cross_entropy_finish_kernel(
     weighted_sum,
     best,
     pull,
-    slope_sum,
-    weight_sum,  # [D] float32, sum of the weight's rows: label smoothing without softcap only
+    weight_sum,  # [D] float32, sum of the weight's rows: label smoothing only
     losses,  # [N] float32
     lse,  # [N] float32
     peaks,  # [N] float32, and the factor of exp(logit - peak) in the gradient: for the weight's
@@ -182,7 +175,6 @@ def cross_entropy_finish_kernel(
     b_logit_sum = tl.zeros((BM,), tl.float32)
     b_weighted = tl.zeros((BM,), tl.float32)
     b_pull = tl.zeros((BM, BD), tl.float32)
-    b_slope_sum = tl.zeros((BM, BD), tl.float32)
     o_s = o_n.to(tl.int64)
     for _ in range(0, S):
         below = tl.load(peak + o_s, mask=in_n, other=LOWEST) - b_peak
@@ -195,10 +187,7 @@ def cross_entropy_finish_kernel(
             lost = tl.where(split_total > 0, below * split_total, 0.0)
             b_weighted += (tl.load(weighted_sum + o_s, mask=in_n, other=0.0) + lost) * decay
         if PULL:
-            o_pull = o_s[:, None] * D + o_d[None, :]
-            b_pull += tl.load(pull + o_pull, mask=mask, other=0.0) * decay[:, None]
-            if SOFTCAP and SMOOTH:
-                b_slope_sum += tl.load(slope_sum + o_pull, mask=mask, other=0.0)
+            b_pull += tl.load(pull + o_s[:, None] * D + o_d[None, :], mask=mask, other=0.0) * decay[:, None]
         o_s += N
 
     log_total = tl.log(b_total)
@@ -225,10 +214,7 @@ def cross_entropy_finish_kernel(
             b_row *= target_slope[:, None]
         b_grad -= (1.0 - label_smoothing) * b_row
         if SMOOTH:
-            if SOFTCAP:
-                b_grad -= (label_smoothing / V) * b_slope_sum
-            else:
-                b_grad -= (label_smoothing / V) * tl.load(weight_sum + o_d, mask=o_d < D, other=0.0)[None, :]
+            b_grad -= (label_smoothing / V) * tl.load(weight_sum + o_d, mask=o_d < D, other=0.0)[None, :]
         b_grad *= (g * logit_scale)[:, None]
         p_grad = grad_x + o_n.to(tl.int64)[:, None] * D + o_d[None, :]
         tl.store(p_grad, b_grad.to(grad_x.dtype.element_ty), mask=mask)
@@ -309,12 +295,15 @@ def narrow_cross_entropy(
     needs: tuple[bool, bool, bool],
     stats: bool,
 ) -> CrossEntropyResult:
-    """As `reference.linear_cross_entropy`, D within `configs.widest`; upstream holds validity and token weights."""
+    """As `reference.linear_cross_entropy`, D within `configs.widest`; upstream holds validity and token weights.
+
+    Softcap and label smoothing exclude each other here.
+    """
     (num_tokens, width), vocabulary = x.shape, weight.shape[0]
     softcap, smooth = options.softcap or 1.0, options.label_smoothing > 0
-    block_d = max(16, triton.next_power_of_2(width))
     flags = {"HAS_BIAS": bias is not None, "SOFTCAP": options.softcap is not None}
-    precision = dot_precision(x.dtype)
+    flags_fwd = {**flags, "SMOOTH": smooth, "STATS": stats, "PULL": needs[0]}
+    tiles = {"PRECISION": dot_precision(x), "BD": max(16, triton.next_power_of_2(width))}
 
     def sums(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, device=x.device, dtype=dtype)
@@ -323,21 +312,21 @@ def narrow_cross_entropy(
     entropy = torch.zeros_like(upstream)
     correct = torch.zeros_like(labels, dtype=torch.bool)
     grad_x = torch.empty_like(x) if needs[0] else None
-    if num_tokens:
-        config = configs.choose("cross_entropy_fwd", x, width)
-        row_blocks = triton.cdiv(num_tokens, config.blocks["BM"])
-        splits = configs.splits(x.device, row_blocks, triton.cdiv(vocabulary, config.blocks["BV"]))
-        blocks_per_split = triton.cdiv(triton.cdiv(vocabulary, config.blocks["BV"]), splits)
-        splits = triton.cdiv(triton.cdiv(vocabulary, config.blocks["BV"]), blocks_per_split)
-        peak, total = sums(splits, num_tokens), sums(splits, num_tokens)
-        logit_sum = sums(splits, num_tokens) if smooth else None
-        weighted_sum = sums(splits, num_tokens) if stats else None
-        best = sums(splits, num_tokens, dtype=torch.int32) if stats else None
-        pull = sums(splits, num_tokens, width) if needs[0] else None
-        slope_sum = sums(splits, num_tokens, width) if needs[0] and smooth and options.softcap is not None else None
-        weight_sum = weight.sum(dim=0, dtype=torch.float32) if needs[0] and smooth else None
-        flags_fwd = {**flags, "SMOOTH": smooth, "STATS": stats, "PULL": needs[0]}
-        partial = (peak, total, logit_sum, weighted_sum, best, pull, slope_sum)
+    weight_sum = weight.sum(dim=0, dtype=torch.float32) if needs[0] and smooth else None
+
+    def forward(config: Config) -> tuple[Tensor | None, ...]:
+        row_blocks, columns = triton.cdiv(num_tokens, config.blocks["BM"]), config.blocks["BV"]
+        blocks = triton.cdiv(vocabulary, columns)
+        blocks_per_split = triton.cdiv(blocks, configs.splits(x.device, row_blocks, blocks))
+        splits = triton.cdiv(blocks, blocks_per_split)
+        partial = (
+            sums(splits, num_tokens),
+            sums(splits, num_tokens),
+            sums(splits, num_tokens) if smooth else None,
+            sums(splits, num_tokens) if stats else None,
+            sums(splits, num_tokens, dtype=torch.int32) if stats else None,
+            sums(splits, num_tokens, width) if needs[0] else None,
+        )
         cross_entropy_fwd_kernel[(row_blocks, splits)](
             x,
             weight,
@@ -346,16 +335,18 @@ def narrow_cross_entropy(
             num_tokens,
             vocabulary,
             width,
-            blocks_per_split * config.blocks["BV"],
+            blocks_per_split * columns,
             softcap,
             options.logit_scale,
             **flags_fwd,
-            PRECISION=precision,
-            BD=block_d,
+            **tiles,
             **config.launch,
         )
-        finish = configs.choose("cross_entropy_finish", x, width)
-        cross_entropy_finish_kernel[(triton.cdiv(num_tokens, finish.blocks["BM"]),)](
+        return partial
+
+    def finish(partial: tuple[Tensor | None, ...], config: Config) -> None:
+        assert partial[0] is not None
+        cross_entropy_finish_kernel[(triton.cdiv(num_tokens, config.blocks["BM"]),)](
             x,
             weight,
             bias,
@@ -373,19 +364,18 @@ def narrow_cross_entropy(
             num_tokens,
             vocabulary,
             width,
-            splits,
+            partial[0].shape[0],
             options.ignore_index,
             options.label_smoothing,
             options.z_loss,
             softcap,
             options.logit_scale,
             **flags_fwd,
-            BD=block_d,
-            **finish.launch,
+            BD=tiles["BD"],
+            **config.launch,
         )
-    grad_weight = grad_bias = None
-    if needs[1] or needs[2]:
-        config = configs.choose("cross_entropy_bwd_weight", x, width)
+
+    def backward(config: Config) -> tuple[Tensor, Tensor | None]:
         grad_weight, grad_bias = sums(vocabulary, width), sums(vocabulary) if needs[2] else None
         cross_entropy_bwd_weight_kernel[(triton.cdiv(vocabulary, config.blocks["BV"]),)](
             x,
@@ -406,8 +396,15 @@ def narrow_cross_entropy(
             options.logit_scale,
             **flags,
             NEEDS_BIAS=needs[2],
-            PRECISION=precision,
-            BD=block_d,
+            **tiles,
             **config.launch,
         )
+        return grad_weight, grad_bias
+
+    partial = configured("cross_entropy_fwd", x, width, forward)
+    configured("cross_entropy_finish", x, width, functools.partial(finish, partial))
+    del partial
+    grad_weight = grad_bias = None
+    if needs[1] or needs[2]:
+        grad_weight, grad_bias = configured("cross_entropy_bwd_weight", x, width, backward)
     return CrossEntropyResult(losses, lse, entropy, correct, grad_x, grad_weight if needs[1] else None, grad_bias)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ibkernels.gpu import configs
 from ibkernels.gpu.cross_entropy import narrow_cross_entropy
-from ibkernels.gpu.launch import dot_precision, mm_float32
+from ibkernels.gpu.launch import dot_precision, float32_vector, mm_float32
 from ibkernels.gpu.wide_cross_entropy import wide_cross_entropy
 from ibkernels.options import LogitOptions
 from ibkernels.reference.cross_entropy import BottleneckCrossEntropyResult, CrossEntropyResult
@@ -30,11 +30,13 @@ def linear_cross_entropy(
     """As `reference.linear_cross_entropy`; strided arguments are copied."""
     valid = labels != options.ignore_index
     upstream = valid.float() if token_weight is None else torch.where(valid, token_weight.float(), 0)
-    kernel = narrow_cross_entropy if _is_narrow(input) else wide_cross_entropy
+    # Softcap with label smoothing would need a second sum of [BM, D] beside the pull: none has the registers for it.
+    fits = _is_narrow(input) and (options.softcap is None or options.label_smoothing == 0)
+    kernel = narrow_cross_entropy if fits else wide_cross_entropy
     return kernel(
         input.contiguous(),
         weight.to(input.dtype).contiguous(),
-        None if bias is None else bias.float().contiguous(),
+        float32_vector(bias),
         labels.contiguous(),
         upstream,
         options,
@@ -93,7 +95,7 @@ def _absorbed(
     if needs_up_bias and grad_c is not None:
         grad_up_bias = _transposed_times(head, grad_c[:, None])[:, 0]
     if needs_head and grad_matrix is not None:
-        grad_head = _times(up, grad_matrix.T).T
+        grad_head = _times(up, grad_matrix.T).T.contiguous()
         if grad_c is not None and up_bias is not None:
             grad_head.addr_(grad_c, up_bias.float())
     return BottleneckCrossEntropyResult(
@@ -135,7 +137,7 @@ def _unabsorbed(
 
 def _is_narrow(input: Tensor) -> bool:
     """Whether a row fits on chip. Exact float32 products have no matrix instruction: there a library GEMM is faster."""
-    if dot_precision(input.dtype) == "ieee" and input.device.type != "cpu":
+    if input.dtype == torch.float32 and dot_precision(input) == "ieee" and input.device.type != "cpu":
         return False
     return input.shape[1] <= configs.widest("cross_entropy_fwd", input.element_size(), configs.chip(input.device))
 

@@ -1,14 +1,52 @@
-"""What every launch decides alike: the precision of float32 products, and dtypes of sums."""
+"""What every launch decides alike: its configuration and device, the precision of float32 products, dtypes of sums."""
+
+import contextlib
+import os
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from ibkernels.gpu import configs
+from ibkernels.gpu.configs import Config
 
-def dot_precision(dtype: torch.dtype) -> str:
-    """Triton's input_precision: TF32 for float32 only where torch's own switch allows it; half types have no choice."""
-    if dtype != torch.float32:
-        return "tf32"  # ignored
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+T = TypeVar("T")
+
+
+def configured(kernel: str, tensor: Tensor, width: int, run: Callable[[Config], T]) -> T:
+    """run(configuration): the shipped one, or with IBKERNELS_AUTOTUNE=1 the fastest that a search here has found.
+
+    kernel and width: as in the table of `configs`; tensor [N, ...] gives the device, the dtype and N. The search calls
+    `run` again and again: it may read anything, and writes nothing but what it returns and what it writes each time.
+    """
+    with on_device(tensor.device):
+        switch = os.environ.get("IBKERNELS_AUTOTUNE", "0")
+        if switch not in ("", "0", "1"):
+            raise ValueError(f"IBKERNELS_AUTOTUNE is {switch!r}; it must be 1 (search) or 0.")
+        if switch == "1":
+            from ibkernels.gpu import autotune
+
+            return run(autotune.choose(kernel, tensor, width, run))
+        return run(configs.choose(kernel, tensor, width))
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Makes a GPU the current one: Triton launches on the current device and its stream, wherever the tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def dot_precision(tensor: Tensor) -> str:
+    """Triton's input_precision: TF32 for float32 where torch's own switch allows it and the chip has it."""
+    # fp32_precision and not allow_tf32, which raises where fp32_precision was set.
+    if tensor.dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision != "tf32":
+        return "ieee"  # half types have no choice
+    return "tf32" if configs.has_tf32(configs.chip(tensor.device)) else "ieee"
+
+
+def float32_vector(vector: Tensor | None) -> Tensor | None:
+    """A bias as kernels read it, its elements side by side."""
+    return None if vector is None else vector.float().contiguous()
 
 
 def mm_float32(a: Tensor, b: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ibkernels.gpu.launch import on_device
+
 _BLOCK_ROWS = 32
 _BLOCK_COLUMNS = 64
 
@@ -111,7 +113,9 @@ def _draw(rng: Tensor, rows: Tensor, columns: int, dtype: torch.dtype) -> Tensor
     out = torch.empty(rows.numel(), columns, device=rows.device, dtype=dtype)
     if out.numel():
         grid = (triton.cdiv(rows.numel(), _BLOCK_ROWS), triton.cdiv(columns, _BLOCK_COLUMNS))
-        noise_kernel[grid](
-            rng, rows.contiguous(), out, *out.shape, BITS=dtype == torch.int64, BM=_BLOCK_ROWS, BK=_BLOCK_COLUMNS
-        )
+        with on_device(rows.device):
+            noise_kernel[grid](
+                rng.contiguous(), rows.contiguous(), out, *out.shape, BITS=dtype == torch.int64,
+                BM=_BLOCK_ROWS, BK=_BLOCK_COLUMNS,
+            )  # fmt: skip
     return out

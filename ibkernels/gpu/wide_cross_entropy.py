@@ -8,13 +8,15 @@ Float32 logits, because the rounding of a bfloat16 logit of 20 is 0.06. A frozen
 nor allocated.
 """
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ibkernels.gpu import configs
-from ibkernels.gpu.launch import mm_float32
+from ibkernels.gpu.configs import Config
+from ibkernels.gpu.launch import configured, mm_float32
 from ibkernels.gpu.softmax import LOG2E, LOWEST, softcapped
 from ibkernels.options import LogitOptions
 from ibkernels.reference.cross_entropy import CrossEntropyResult
@@ -137,7 +139,6 @@ def wide_cross_entropy(
 ) -> CrossEntropyResult:
     """As `reference.linear_cross_entropy`, any D; upstream stands for valid labels and token weights."""
     (num_tokens, width), vocabulary = x.shape, weight.shape[0]
-    config = configs.choose("softmax_grad", x, width)
 
     def sums(*shape: int) -> Tensor:
         return torch.empty(shape, device=x.device, dtype=torch.float32)
@@ -149,10 +150,8 @@ def wide_cross_entropy(
     grad_bias = sums(vocabulary).zero_() if needs[2] else None
     block = min(max(16, LOGITS_BYTES // (4 * vocabulary)), max(num_tokens, 1))
     grad_buffer = x.new_empty(block, vocabulary) if any(needs) else None
-    for start in range(0, num_tokens, block):
-        rows = slice(start, min(start + block, num_tokens))
-        logits = mm_float32(x[rows], weight.T)  # [n, V]
-        grad = None if grad_buffer is None else grad_buffer[: logits.shape[0]]
+
+    def softmax_grad(rows: slice, logits: Tensor, grad: Tensor | None, config: Config) -> None:
         softmax_grad_kernel[(logits.shape[0],)](
             logits,
             bias,
@@ -176,6 +175,12 @@ def wide_cross_entropy(
             GRAD=grad is not None,
             **config.launch,
         )
+
+    for start in range(0, num_tokens, block):
+        rows = slice(start, min(start + block, num_tokens))
+        logits = mm_float32(x[rows], weight.T)  # [n, V]
+        grad = None if grad_buffer is None else grad_buffer[: logits.shape[0]]
+        configured("softmax_grad", x[rows], vocabulary, partial(softmax_grad, rows, logits, grad))
         del logits
         if grad is None:
             continue

@@ -36,8 +36,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def surroundings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """One seed, no override of the backend, exact float32 products; afterwards the GPU's memory is given back."""
+    """One seed, nothing overridden, exact float32 products; afterwards the GPU's memory is given back."""
     monkeypatch.delenv("IBKERNELS_BACKEND", raising=False)
+    monkeypatch.delenv("IBKERNELS_AUTOTUNE", raising=False)  # the timings may search; a test that does says so
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.manual_seed(0)
     if DRY:

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -179,6 +180,72 @@ def test_recomputation_in_backward_draws_the_same_noise(encoder: str) -> None:
         gradients = torch.autograd.grad(loss, list(inputs.values()))
         results.append({"loss": loss.detach(), **dict(zip(inputs, gradients, strict=True))})
     assert_same(*results)
+
+
+@each_encoder
+def test_no_rows_give_no_outputs_and_zero_gradients(encoder: str) -> None:
+    step = STEPS[f"bottleneck, {encoder}"](SHAPE._replace(tokens=0))
+    for name, tensor in step(rng_of(1)).items():
+        assert tensor.count_nonzero() == 0 and tensor.isfinite().all(), name
+
+
+@pytest.mark.parametrize("width", [SHAPE.width, SHAPE.hidden], ids=["narrow", "wide"])
+def test_no_labels_give_no_loss_and_zero_gradients(width: int) -> None:
+    for name, tensor in head(SHAPE._replace(tokens=0), width)(rng_of(1)).items():
+        assert tensor.count_nonzero() == 0 and tensor.isfinite().all(), name
+
+
+@each_op
+def test_a_single_row(op: str) -> None:
+    """Triton compiles a kernel anew for a size of 1."""
+    for name, tensor in STEPS[op](SHAPE._replace(tokens=1))(rng_of(1)).items():
+        assert tensor.isfinite().all(), name
+
+
+@pytest.mark.parametrize("rank", [64, 128, 160])
+def test_a_higher_rank(rank: int) -> None:
+    """Beyond what fits on chip, the linear encoder's kernels behind a library GEMM: as B A in one matrix, roughly."""
+    step = bottleneck(SHAPE._replace(rank=rank), "lora")
+    ours, inputs = step(rng_of(1)), {name: tensor.detach().float() for name, tensor in step.inputs.items()}
+    whole = inputs["lora_b"] @ inputs["lora_a"]
+    z, kl = ibkernels.variational_bottleneck(inputs["hidden"], whole, inputs["bias"], rng_of(1), backend="reference")
+    for name, exact in (("z", z), ("kl", kl)):
+        assert (ours[name].float() - exact).norm() <= 2e-2 * exact.norm(), name
+
+
+@pytest.mark.skipif(DRY or torch.cuda.device_count() < 2, reason="needs two GPUs")
+@each_encoder
+def test_tensors_on_another_device_than_the_current_one(encoder: str) -> None:
+    step = STEPS[f"bottleneck, {encoder}"](SHAPE)
+    expected, there = step(rng_of(1)), torch.device("cuda:1")
+    inputs = {name: tensor.detach().to(there).requires_grad_() for name, tensor in step.inputs.items()}
+    z, kl = ibkernels.variational_bottleneck(
+        inputs["hidden"], weight_of(inputs), inputs["bias"], rng_of(1).to(there), backend="triton"
+    )
+    upstream = [tensor.to(there) for tensor in step.upstream or []]
+    for name, tensor in with_gradients({"z": z, "kl": kl}, inputs, upstream).items():
+        torch.testing.assert_close(tensor.cpu(), expected[name].cpu(), rtol=1e-2, atol=1e-2, msg=name)
+
+
+def test_a_search_for_configurations(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of a few steps; its winners are used in a graph, and are no slower than what is shipped by more than noise."""
+    from ibkernels.gpu import autotune
+
+    every = autotune.neighbours
+    monkeypatch.setattr(autotune, "neighbours", lambda config: list(every(config))[:3])
+    monkeypatch.setattr(autotune, "_known", {})
+    step, rng = STEPS["bottleneck, LoRA"](SHAPE), rng_of(1)
+    shipped = step(rng)
+    monkeypatch.setenv("IBKERNELS_AUTOTUNE", "1")
+    monkeypatch.setenv("IBKERNELS_AUTOTUNE_DIR", str(tmp_path))
+    tuned = step(rng)
+    found = [autotune.read(path) for path in tmp_path.iterdir()]
+    assert len(found) == 3 and all(winner.milliseconds <= winner.shipped_milliseconds for winner in found)
+    for name, tensor in tuned.items():
+        assert (tensor.float() - shipped[name].float()).norm() <= 2e-2 * shipped[name].float().norm(), name
+    with no_waiting():
+        assert_same(tuned, step(rng))
+    assert_same(tuned, captured(lambda: step(rng))())
 
 
 def budgets() -> dict[str, int]:

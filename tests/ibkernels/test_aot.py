@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
-CHIPS = ("sm_80", "sm_90", "sm_100", "gfx942")
+CHIPS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 
 
 def aot(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -61,13 +61,29 @@ print(json.dumps(aot.compile_job(aot.Job(kernel, arch, dtype, width))))
         (("cross_entropy_fwd", "sm_90", "bf16", 256, 4, 2, {"BM": 128, "BV": 128}), "spills"),
         (("bottleneck_lora_fwd", "sm_80", "bf16", 256, 4, 8, {"BM": 128, "BK": 32, "BH": 128}), "shared memory"),
         (("bottleneck_lora_fwd", "sm_90", "bf16", 256, 4, 3, {"BM": 32, "BK": 32, "BH": 128}), "no wgmma"),
+        (("cross_entropy_fwd", "sm_100", "bf16", 512, 8, 1, {"BM": 128, "BV": 64}), "608 columns of tensor memory"),
     ],
-    ids=["spills", "shared-memory", "no-matrix-instruction"],
+    ids=["spills", "shared-memory", "no-matrix-instruction", "tensor-memory"],
 )
 def test_what_must_not_ship_is_found(job: tuple[Any, ...], fault: str) -> None:
     command = [sys.executable, "-c", _WITH_ANOTHER_CONFIGURATION, json.dumps(job)]
     row = json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
     assert any(fault in found for found in row["faults"]), row
+
+
+_CLAMP = """
+from ibkernels import aot
+from ibkernels.gpu import configs
+for kernel, width in (("bottleneck_linear_fwd", 256), ("bottleneck_linear_bwd", 256), ("bottleneck_lora_fwd", 32)):
+    job = aot.Job(kernel, "sm_90", "bf16", width)
+    print(aot.compiled_kernel(job, configs.lookup(kernel, 2, width, "sm_90")).asm["ptx"].count("max.NaN.f32") > 0)
+"""
+
+
+def test_the_clamp_of_logvar_keeps_nan() -> None:
+    """A GPU's plain maximum of NaN and -4 is -4, which the interpreter's is not: a broken weight would go unnoticed."""
+    result = subprocess.run([sys.executable, "-c", _CLAMP], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout.split() == ["True"] * 3, result.stderr
 
 
 def test_an_unknown_chip_is_named() -> None:

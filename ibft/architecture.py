@@ -48,11 +48,12 @@ class CausalLM:
             router_loss=bool(getattr(config, "output_router_logits", False)),
         )
 
-    def layer(self, index: int) -> nn.Module:
-        """Decoder layer `index`, from 0. Raises InputError when the decoder keeps no list of its layers."""
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder's layers. Raises InputError when it keeps no list of them."""
         for module in self.decoder.modules():
             if isinstance(module, nn.ModuleList) and len(module) == self.num_layers:
-                return module[index]
+                return module
         raise InputError(
             f"{type(self.decoder).__name__} has no ModuleList of config.num_hidden_layers = {self.num_layers} layers."
         )
@@ -130,10 +131,11 @@ class CausalLM:
             )
 
     @torch.no_grad()
-    def check_packing(self) -> None:
+    def check_packing(self, lengths: dict[str, Any] | None = None) -> None:
         """Raises InputError when documents of a packed row see each other, as in models that ignore position_ids.
 
-        A document of two tokens behind another one must have the hidden states that it has alone.
+        A document of two tokens behind another one must have the hidden states that it has alone. lengths: for an
+        attention that takes them, `document_lengths([2, 2])`.
         """
         training = self.decoder.training
         self.decoder.eval()
@@ -141,6 +143,7 @@ class CausalLM:
         packed = self.decode(
             input_ids=torch.tensor([[1, 2, 3, 4]], device=device),
             position_ids=torch.tensor([[0, 1, 0, 1]], device=device),
+            **{k: v.to(device) if isinstance(v, Tensor) else v for k, v in (lengths or {}).items()},
         )[:, 2:]
         alone = self.decode(
             input_ids=torch.tensor([[3, 4]], device=device), position_ids=torch.tensor([[0, 1]], device=device)

@@ -5,14 +5,16 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from ibft.errors import InputError, SavingFailed, TrainingDiverged
+from ibft.errors import FailedElsewhere, HarnessError, InputError, Interrupted, SavingFailed, TrainingDiverged
 
 _USAGE = """usage: ibft COMMAND [options]
 
 commands:
-  train   fine-tune a causal language model with an information bottleneck, or plainly (ibft train --help)
-  export  make a run's adapter ready for others, merge it, push it to the Hub (ibft export --help)
-  lab     small experiments on data and a model made on the spot (ibft lab demo --help)
+  train     fine-tune a causal language model with an information bottleneck, or plainly (ibft train --help)
+  eval      Pass@k and Pass@k^(m) of a model on HumanEval, MBPP, VerilogEval or your own task (ibft eval --help)
+  estimate  what a training takes in memory and time on named GPUs, whether it fits (ibft estimate --help)
+  export    make a run's adapter ready for others, merge it, push it to the Hub (ibft export --help)
+  lab       small experiments on data and a model made on the spot (ibft lab demo --help)
 
 ibft --version prints the version."""
 
@@ -33,6 +35,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         from ibft import train
 
         return run_command(train.main, rest)
+    if command == "eval":
+        from ibft.evaluate import cli as evaluation
+
+        return run_command(evaluation.main, rest)
+    if command == "estimate":
+        from ibft.estimate import cli as estimates
+
+        return run_command(estimates.main, rest)
     if command == "export":
         from ibft import export
 
@@ -41,7 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from ibft.lab import cli
 
         return run_command(cli.main, rest)
-    print(f"ibft: error: {command!r} is not a command of ibft; there are: train, export, lab.", file=sys.stderr)
+    print(
+        f"ibft: error: {command!r} is not a command of ibft; there are: train, eval, estimate, export, lab.",
+        file=sys.stderr,
+    )
     return 2
 
 
@@ -50,14 +63,18 @@ def run_command(command: Callable[[Sequence[str]], None], argv: Sequence[str]) -
 
     Exit code 2: a wrong input, which another command line or file would mend. Exit code 1: the run failed on the way,
     because it diverged or because the system refused (disk full, no permission, file gone): an OSError with an errno.
-    Anything else is a bug, and its traceback is shown.
+    Exit code 128 + N: signal N ended it, with everything saved. Anything else is a bug, and its traceback is shown.
     """
     _adopt_published_token()
     rank = os.environ.get("RANK", "0")  # under torchrun, an error may be one process's alone
     where = "" if rank == "0" else f" (process {rank})"
     try:
         command(argv)
-    except (InputError, SavingFailed, TrainingDiverged, OSError) as error:
+    except Interrupted as error:
+        if rank == "0":
+            print(f"ibft: {error}", file=sys.stderr)
+        return 128 + error.number
+    except (InputError, SavingFailed, TrainingDiverged, FailedElsewhere, HarnessError, OSError) as error:
         message = str(error)
         if isinstance(error, OSError):
             if error.errno is None:  # a library's own kind, raised for anything

@@ -62,8 +62,15 @@ class TrainConfig:
 
     base_model: str = _model(REQUIRED, "Hub name or folder of the causal language model to fine-tune", NOT_EMPTY)
     dtype: Literal["auto", "float32", "bfloat16"] = _model("auto", "auto: bfloat16 on a GPU, float32 on a CPU")
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = _model("sdpa", "attention of transformers")
-    gradient_checkpointing: bool = _model(False, "recompute activations in backward: less memory, more time")
+    attn_implementation: Literal["auto", "flash_attention_3", "flash_attention_2", "varlen", "sdpa", "eager"] = _model(
+        "auto", "auto: the first of the others that works here"
+    )
+    gradient_checkpointing: bool | None = _model(
+        None, "recompute activations in backward: less memory, more time; if not given, where memory asks for it"
+    )
+    liger: bool = _model(False, "Liger's Triton kernels for norms, rotary embeddings and MLPs")
+    load_in_4bit: bool = _model(False, "keep the base model's linear layers in 4 bits (QLoRA, by bitsandbytes)")
+    compile: bool = _model(False, "torch.compile the decoder's layers")
     use_cpu: bool = _model(False, "train on the CPU even where there is a GPU")
 
     dataset: list[str] = _data(  # noqa: RUF009
@@ -130,9 +137,13 @@ class TrainConfig:
     save_total_limit: int | None = _run(3, "newest checkpoints to keep; none: all", AT_LEAST_1)
     logging_steps: int = _run(10, "optimizer steps between logged lines", AT_LEAST_1)
     eval_steps: int | None = _run(None, "optimizer steps between evaluations; if not given, once an epoch", AT_LEAST_1)
+    profile: bool = _run(False, "write a trace of steps 3 to 5 to output_dir/profile, for torch's profiler")
+    peak_tflops: float | None = _run(None, "of a device, for the MFU; if not given, by the GPU's name", POSITIVE)
     report_to: list[str] = _run([], "wandb, tensorboard, trackio, or all that are installed")  # noqa: RUF009
     run_name: str | None = _run(None, "name of the run where it is reported", NOT_EMPTY)
-    use_deepspeed: bool = _run(False, "train with DeepSpeed; not available yet")
+    engine: Literal["auto", "ddp", "fsdp2", "deepspeed"] = _run("auto", "auto: ddp under torchrun, else one process")
+    use_deepspeed: bool = _run(False, "the same as --engine deepspeed")
+    deepspeed_config: str | None = _run(None, "JSON of DeepSpeed, ZeRO stage 1 to 3; if not given, stage 2", NOT_EMPTY)
     ddp_timeout: int = _run(1800, "seconds after which a process stops waiting for the others", AT_LEAST_1)
     dry_run: bool = _run(False, "check everything, say what the run would do, write nothing, and stop")
     debug: bool = _run(False, "show the traceback of an error")
@@ -144,7 +155,8 @@ class TrainConfig:
         if type(self.validation_split) in (int, float):  # a file may say 0.05 where a flag says "0.05"
             object.__setattr__(self, "validation_split", str(self.validation_split))
         check_fields(self)
-        for name in ("base_model", "validation_dataset", "output_dir", "training_config", "adapter_config"):
+        for name in ("base_model", "validation_dataset", "output_dir", "training_config", "adapter_config",
+                     "deepspeed_config"):  # fmt: skip
             if (getattr(self, name) or "").startswith("~"):  # the shell leaves it alone in --output_dir=~/run
                 object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))
         homes = [os.path.expanduser(name) if name.startswith("~") else name for name in self.dataset]
@@ -161,13 +173,13 @@ class TrainConfig:
             )
         if self.encoder_rank is not None and self.encoder != "lora":
             raise InputError(f"--encoder_rank {self.encoder_rank} needs --encoder lora; the encoder is {self.encoder}.")
-        if self.attn_implementation == "flash_attention_2" and self.packing != "none":
+        if self.attn_implementation.startswith("flash_attention") and self.use_cpu:
             raise InputError(
-                f"--attn_implementation flash_attention_2 is not ready for --packing {self.packing} yet: it works "
-                "with --packing none; packed rows need sdpa or eager."
+                f"--attn_implementation {self.attn_implementation} needs a GPU; with --use_cpu take auto, varlen, sdpa "
+                "or eager."
             )
-        if self.attn_implementation == "flash_attention_2" and self.use_cpu:
-            raise InputError("--attn_implementation flash_attention_2 needs a GPU; with --use_cpu take sdpa or eager.")
+        if self.liger and self.use_cpu:
+            raise InputError("--liger needs a GPU, for which its kernels are; leave it out with --use_cpu.")
         if "all-linear" in self.lora_target_modules and len(self.lora_target_modules) > 1:
             raise InputError("--lora_target_modules takes all-linear or module names, not both.")
         if not self.lora_target_modules and self.adapter_config is None:
@@ -176,6 +188,17 @@ class TrainConfig:
             raise InputError(
                 f"--report_to takes {', '.join(TRACKERS)}, all, or none alone, not {unknown[0]!r}."
                 f"{did_you_mean(unknown[0], TRACKERS)}"
+            )
+        if self.use_deepspeed and self.engine not in ("auto", "deepspeed"):
+            raise InputError(f"--use_deepspeed and --engine {self.engine} name two engines; give one of them.")
+        if self.deepspeed_config is not None and self.chosen_engine != "deepspeed":
+            raise InputError(
+                f"--deepspeed_config {self.deepspeed_config} needs --engine deepspeed; the engine is {self.engine}."
+            )
+        if self.load_in_4bit and self.chosen_engine in ("fsdp2", "deepspeed"):
+            raise InputError(
+                f"--load_in_4bit: {self.chosen_engine} cannot distribute bitsandbytes' weights; take one process, or "
+                "--engine ddp."
             )
         if self.resume and self.overwrite:
             raise InputError(
@@ -228,6 +251,16 @@ class TrainConfig:
             "--validation_split takes the name of a split, a share of the rows between 0 and 1, or a number of rows of "
             f"at least 1, not {text!r}."
         )
+
+    @property
+    def chosen_engine(self) -> str:
+        """--engine, as --use_deepspeed has it."""
+        return "deepspeed" if self.use_deepspeed else self.engine
+
+    @property
+    def rows_per_process(self) -> int:
+        """Rows that each process takes of an optimizer step."""
+        return self.rows_per_batch * self.gradient_accumulation_steps
 
     @property
     def rows_per_batch(self) -> int:
@@ -301,7 +334,7 @@ def parse_args(argv: Sequence[str], prog: str = "ibft train") -> tuple[TrainConf
             checked(TrainConfig, name, value, f"{given['training_config']}: {name}")
     preset = preset_values(given["preset"]) if given.get("preset") else {}
     config = TrainConfig.from_dict(_over(_over(preset, training_file), given))
-    check_deepspeed(config)
+    check_engine(config)
     if config.adapter_config is not None:
         config = with_adapter_values(config, [name for name in given if name.startswith("lora_")])
 
@@ -352,16 +385,12 @@ def preset_values(name: str) -> dict[str, Any]:
     }
 
 
-def check_deepspeed(config: TrainConfig) -> None:
-    """Refuse --use_deepspeed, which this version cannot follow, saying what is missing."""
-    if not config.use_deepspeed:
+def check_engine(config: TrainConfig) -> None:
+    """Raise InputError where DeepSpeed is asked for and not installed, or its file asks for what cannot be done."""
+    if config.chosen_engine != "deepspeed":
         return
     if importlib.util.find_spec("deepspeed") is None:
-        raise InputError(
-            '--use_deepspeed needs DeepSpeed, which is not installed (`pip install "ibft[deepspeed]"`); and this '
-            "version cannot train with it yet, only on one process or, under torchrun, with DDP."
-        )
-    raise InputError(
-        "--use_deepspeed: this version trains on one process or, under torchrun, with DDP; training with DeepSpeed is "
-        "not available yet."
-    )
+        raise InputError('--engine deepspeed needs DeepSpeed, which is not installed: pip install "ibft[deepspeed]".')
+    from ibft.engines.zero_config import zero_config
+
+    zero_config(config.deepspeed_config, config, world_size=1)

@@ -11,3 +11,24 @@ class SavingFailed(RuntimeError):
 
 class TrainingDiverged(RuntimeError):
     """A loss or gradient that is not finite; the weights are those from before the step that the message names."""
+
+
+class FailedElsewhere(RuntimeError):
+    """Another process of the run failed, and says why; this one only leaves."""
+
+
+class Interrupted(RuntimeError):
+    """A signal ended the run after a whole step, and a checkpoint was written; the message says how to go on.
+
+    Args:
+        message: for people.
+        number: the signal's.
+    """
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.number = number
+
+
+class HarnessError(RuntimeError):
+    """An evaluation that could not judge a sample, which therefore has no score; the message says why."""

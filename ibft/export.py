@@ -23,16 +23,16 @@ from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ibft.checkpoint import RECORD_NAME, refusal, write_json
 from ibft.errors import InputError
 from ibft.flags import NOT_EMPTY, REQUIRED, check_fields, flag, read_flags, require
 from ibft.loading import fingerprint, load_base_model, load_tokenizer, quiet_libraries
 from ibft.model_card import CARD_NAME, is_ours, may_replace, render_card
+from ibft.run_folder import RECORD_NAME, refusal, write_json
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # What a base model can have been trained in: `ibft train --dtype`.
-_TRAINING_DTYPES = (torch.float32, torch.bfloat16)
+TRAINING_DTYPES = (torch.float32, torch.bfloat16)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ class ExportConfig:
 
 
 @dataclass(frozen=True)
-class _Source:
+class Source:
     """An adapter's folder, read: PEFT's configuration, and the record of the run, {} where ibft did not train it."""
 
     folder: Path
@@ -100,7 +100,7 @@ def export(config: ExportConfig) -> Path:
     folder is written, and stays.
     """
     quiet_libraries(progress_bars=sys.stderr.isatty())
-    source = _read_source(Path(config.adapter))
+    source = read_source(Path(config.adapter))
     base_model = config.base_model or source.base_model
     output = Path(config.output_dir)
     try:
@@ -133,7 +133,8 @@ def export(config: ExportConfig) -> Path:
     return output
 
 
-def _read_source(folder: Path) -> _Source:
+def read_source(folder: Path) -> Source:
+    """What an adapter's folder holds, without its weights. InputError if it is none, or none of LoRA."""
     if not folder.is_dir():
         raise InputError(
             f"--adapter {str(folder)!r} is not a folder; name the output_dir of a run, or a checkpoint in it."
@@ -165,7 +166,7 @@ def _read_source(folder: Path) -> _Source:
         raise InputError(f"{record_file} is no record of `ibft train`: its config names no base_model and dataset.")
     if record and checkpoint:  # the run's result is of a later step than this adapter
         record = {**record, "result": None, "checkpoint": int(checkpoint[1])}
-    return _Source(folder, settings, record)
+    return Source(folder, settings, record)
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -214,11 +215,11 @@ def _token() -> str:
     return token
 
 
-def _write_adapter(source: _Source, base_model: str | None, folder: Path) -> None:
+def _write_adapter(source: Source, base_model: str | None, folder: Path) -> None:
     """The adapter as PEFT itself would leave it, with tokenizer and card: no bottleneck, no record, no checkpoints."""
     shutil.copyfile(source.folder / _WEIGHTS, folder / _WEIGHTS)
     write_json(folder / _CONFIG, {**source.settings, **({"base_model_name_or_path": base_model} if base_model else {})})
-    tokenizer = _own_tokenizer(source)
+    tokenizer = own_tokenizer(source)
     if tokenizer is None:
         print(f"note: {source.folder} has no tokenizer, so the export has none; the base model's is the one to use.")
     else:
@@ -239,13 +240,13 @@ def _stop_after_a_turn(merged: Any, tokenizer: Any, record: dict[str, Any]) -> N
         merged.generation_config.eos_token_id = [*stops, turn_end]
 
 
-def _write_merged(source: _Source, base_model: str | None, config: ExportConfig, folder: Path) -> None:
+def _write_merged(source: Source, base_model: str | None, config: ExportConfig, folder: Path) -> None:
     """A plain transformers model, in the dtype of the base model's file unless told otherwise."""
     if base_model is None:
         raise InputError(f"{source.folder / _CONFIG} names no base model; name it with --base_model.")
     try:
         base = load_base_model(base_model, "auto", "sdpa", torch.device("cpu"))
-        tokenizer = _own_tokenizer(source) or load_tokenizer(base_model)
+        tokenizer = own_tokenizer(source) or load_tokenizer(base_model)
     except InputError as error:
         if config.base_model is not None:
             raise
@@ -274,12 +275,12 @@ def _write_merged(source: _Source, base_model: str | None, config: ExportConfig,
     (folder / CARD_NAME).write_text(card, encoding="utf-8")
 
 
-def _unrecorded_base(source: _Source) -> str | None:
+def _unrecorded_base(source: Source) -> str | None:
     """The base model that only the adapter's configuration names; the record knows its own better."""
     return None if source.record else source.base_model
 
 
-def _own_tokenizer(source: _Source) -> PreTrainedTokenizerBase | None:
+def own_tokenizer(source: Source) -> PreTrainedTokenizerBase | None:
     """The tokenizer beside the adapter, or beside the run that a checkpoint belongs to."""
     for folder in (source.folder, source.folder.parent) if "checkpoint" in source.record else (source.folder,):
         if (folder / "tokenizer_config.json").is_file():
@@ -290,14 +291,14 @@ def _own_tokenizer(source: _Source) -> PreTrainedTokenizerBase | None:
     return None
 
 
-def _checked_record(base: PreTrainedModel, base_model: str, source: _Source, allow_other: bool) -> dict[str, Any]:
+def _checked_record(base: PreTrainedModel, base_model: str, source: Source, allow_other: bool) -> dict[str, Any]:
     """The adapter's record, true of this base model too; InputError where that is another one, unless allowed."""
     expected = source.record.get("base")
     if expected is None:
         print(f"note: there is no {RECORD_NAME} to say whether the adapter was trained on {base_model}.")
         return source.record
     # A merge starts from the file's dtype, which need not be what training loaded it in.
-    if expected in (fingerprint(base, dtype) for dtype in _TRAINING_DTYPES):
+    if expected in (fingerprint(base, dtype) for dtype in TRAINING_DTYPES):
         return source.record
     if not allow_other:
         raise InputError(

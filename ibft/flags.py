@@ -112,15 +112,21 @@ def read_flags(
     *,
     files: Mapping[str, tuple[str, str]] | None = None,
     example: str = "",
+    words: tuple[str, list[str]] | None = None,
 ) -> dict[str, Any]:
     """The flags given in `argv`, and only those, by field name and in the field's type.
 
     `files` are flags that are no fields, because they name where values come from: name -> (group, help). `example`
-    ends the help text. Raises InputError for an unknown flag or one without its value. Ranges are left to
+    ends the help text. `words`, where values without a flag are accepted, are their name in the usage and the list that
+    receives them. Raises InputError for an unknown flag or one without its value. Ranges are left to
     `check_fields`, as is text that is no number, so that a value is refused in the same words wherever it came from.
     """
-    parser = _parser(cls, prog, description, files or {}, example)
+    usage = f"{prog} {words[0]}" if words else prog
+    parser = _parser(cls, usage, description, files or {}, example)
     namespace, rest = parser.parse_known_args([_underscored(argument) for argument in argv])
+    if words:
+        words[1].extend(word for word in rest if not word.startswith(("-", *_LONG_DASHES)))
+        rest = [word for word in rest if word not in words[1]]
     if rest and rest[0].startswith("-"):
         name = rest[0].partition("=")[0]
         raise InputError(f"{name} is not an option of `{prog}`.{did_you_mean(name, parser._option_string_actions)}")
@@ -258,7 +264,7 @@ def _default_text(field: dataclasses.Field[Any]) -> str:
     if isinstance(default, bool):
         default = "on" if default else "off"
     if isinstance(default, list):
-        default = " ".join(default) or "none"
+        default = " ".join(map(str, default)) or "none"
     return "" if default in (None, "") else f" (default: {default})"
 
 

@@ -206,7 +206,8 @@ def _settle(path: str | Path, data: Mapping[str, Any], settings: dict[str, objec
             )
         settings["resume"] = True
     if data.get("deepspeed"):
-        settings["use_deepspeed"] = True
+        settings["engine"] = "deepspeed"
+        settings["deepspeed_config"] = _typed(path, "deepspeed", data["deepspeed"], str)
     if "report_to" in data:
         settings["report_to"], unsupported = _trackers(path, data["report_to"])
         if unsupported:

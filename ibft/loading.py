@@ -4,12 +4,26 @@ import hashlib
 import json
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from packaging.version import Version
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.integrations.liger import apply_liger_kernel
 from transformers.utils import logging
 
 from ibft.errors import InputError
@@ -34,14 +48,34 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         raise InputError(f"no tokenizer can be loaded from base_model {name!r}: {_reason(error)}") from error
 
 
+def load_base_config(name: str) -> PreTrainedConfig:
+    """The base model's configuration, the only file that is read. Raises InputError when there is none."""
+    _check_folder(name)
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # as above
+        raise InputError(f"base_model {name!r} cannot be loaded as a causal LM: {_reason(error)}") from error
+
+
 def load_base_model(
-    name: str, dtype: torch.dtype | str, attn_implementation: str, device: torch.device
+    name: str, dtype: torch.dtype | str, attn_implementation: str, device: torch.device, load_in_4bit: bool = False
 ) -> PreTrainedModel:
     """A causal language model in evaluation mode on `device`; dtype "auto": that of its file.
 
-    Raises InputError when it cannot be loaded.
+    load_in_4bit: the weights of its linear layers but the head in NF4 with double quantisation (QLoRA), computing in
+    `dtype`. Raises InputError when it cannot be loaded.
     """
     _check_folder(name)
+    quantized = (
+        BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+        if load_in_4bit
+        else None
+    )
     try:
         model = AutoModelForCausalLM.from_pretrained(
             name,
@@ -49,11 +83,12 @@ def load_base_model(
             attn_implementation=attn_implementation,
             trust_remote_code=False,  # else it would ask, and on every process
             # Straight to the GPU: no copy of the whole model in the host's memory, once per process.
-            device_map={"": device} if device.type == "cuda" else None,
+            device_map={"": device} if device.type == "cuda" or load_in_4bit else None,
+            **({} if quantized is None else {"quantization_config": quantized}),
         )
     except Exception as error:  # as above, and of the network
         raise InputError(f"base_model {name!r} cannot be loaded as a causal LM: {_reason(error)}") from error
-    return model.to(device)
+    return model if load_in_4bit else model.to(device)  # bitsandbytes has placed it
 
 
 def load_base_outline(name: str, dtype: torch.dtype, attn_implementation: str) -> PreTrainedModel:
@@ -61,14 +96,56 @@ def load_base_outline(name: str, dtype: torch.dtype, attn_implementation: str) -
 
     Only its configuration is read. Raises InputError when there is none of a causal language model.
     """
-    _check_folder(name)
+    config = load_base_config(name)
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
     except Exception as error:  # as above
         raise InputError(f"base_model {name!r} cannot be loaded as a causal LM: {_reason(error)}") from error
     return model.eval()
+
+
+_LIGER, _BITSANDBYTES = Version("0.6"), Version("0.46.1")  # the latter: what transformers asks for
+
+
+def check_optional_packages(*, liger: bool, load_in_4bit: bool, base_config: PreTrainedConfig) -> None:
+    """Raises InputError where an option needs a package that is missing or too old, or another kind of model."""
+    if load_in_4bit:
+        _check_package("--load_in_4bit", "bitsandbytes", _BITSANDBYTES, "quantized")
+        if getattr(base_config, "quantization_config", None) is not None:
+            raise InputError("--load_in_4bit: the base model is quantized already; leave the option out.")
+    if liger:
+        _check_package("--liger", "liger-kernel", _LIGER, "liger")
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+        if base_config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+            raise InputError(f"--liger: Liger has no kernels for models of the type {base_config.model_type!r}.")
+
+
+def _check_package(option: str, name: str, least: Version, extra: str) -> None:
+    try:
+        found = Version(version(name))
+    except PackageNotFoundError:
+        raise InputError(f'{option} needs {name}, which is not installed: pip install "ibft[{extra}]".') from None
+    if found < least:
+        raise InputError(f"{option} needs {name} {least} or newer, and {found} is installed.")
+
+
+def use_liger_layers(model: PreTrainedModel) -> None:
+    """Liger's Triton kernels for the model's norms, rotary embeddings and MLPs; the loss stays ibkernels'."""
+    apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
+
+
+def compute_in_base_dtype(model: nn.Module) -> None:
+    """Stops PEFT from casting a bf16 layer's input to the adapter's float32: `autocast` casts the small weights."""
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.cast_input_dtype_enabled = False
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
+    """For forward passes: float32 adapters and bottleneck compute in bfloat16 where the base model is bfloat16."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
 def check_vocabulary(

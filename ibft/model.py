@@ -87,7 +87,7 @@ class IBModel(PeftModelForCausalLM):
         )
         # The topmost hidden state is the decoder's own output, after the final norm: no layer gives it.
         if ib.target_layer < parts.num_layers:
-            self._tap.attach(parts.layer(ib.target_layer - 1))
+            self._tap.attach(parts.layers[ib.target_layer - 1])
 
     @classmethod
     def from_base(cls, base_model: nn.Module, peft_config: PeftConfig, ib: IBConfig | None) -> "IBModel":

@@ -12,37 +12,44 @@ import torch
 
 import ibft
 from ibft.adapter import unmatched_modules
+from ibft.engines import num_elements
 from ibft.model_card import hub_names
 from ibkernels import backends
 
 if TYPE_CHECKING:
-    from ibft.train import Run
+    from ibft.run import Run
 
 
 def describe_run(run: "Run") -> str:
     """The resolved configuration and the arithmetic of the batches, for people."""
     config, engine, data, model = run.config, run.engine, run.data, run.model
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    bottleneck = sum(p.numel() for p in model.bottleneck.parameters()) if model.bottleneck is not None else 0
-    total = sum(p.numel() for p in model.parameters())
-    rows = config.rows_per_batch * config.gradient_accumulation_steps * engine.world_size
+    trainable = sum(num_elements(p) for p in model.parameters() if p.requires_grad)
+    bottleneck = sum(num_elements(p) for p in model.bottleneck.parameters()) if model.bottleneck is not None else 0
+    total = sum(num_elements(p) for p in model.parameters())
+    rows = run.plan.rows_per_step
+    kept = "" if rows == config.rows_per_process * engine.world_size else ", as it was begun,"
     dtype = next(model.get_base_model().parameters()).dtype
     kernel = backends.select("linear_cross_entropy", engine.device.type, dtype).backend.name
+    checkpointing = "on" if run.checkpointing.on else "off"
     packed = "padded" if config.packing == "none" else "packed"
     lines = [
-        f"base model    {config.base_model} ({_short(total - trainable)} parameters, "
+        f"base model    {config.base_model} ({short_count(total - trainable)} parameters, "
         f"{str(dtype).removeprefix('torch.')}, {_where(engine.device)})",
-        f"engine        {engine.name}; attention {run.attention.implementation} ({run.attention.reason})",
+        f"engine        {engine.name}; attention {run.attention.label} ({run.attention.reason})",
         f"data          {', '.join(config.dataset)}",
         *(f"              {line}" for line in data.report.lines()),
         *_validation(run),
         f"method        {_method(run)}",
-        f"trainable     {_short(trainable)} parameters"
-        + (f", {_short(bottleneck)} of them the bottleneck's, which inference does not need" if bottleneck else ""),
+        f"trainable     {short_count(trainable)} parameters"
+        + (
+            f", {short_count(bottleneck)} of them the bottleneck's, which inference does not need" if bottleneck else ""
+        ),
         *_unmatched(run),
+        f"memory        activation checkpointing {checkpointing} ({run.checkpointing.reason})",
+        f"peak          {_peak(run)}",
         f"kernels       {kernel} (python -m ibkernels says why)",
         f"batch         {config.rows_per_batch} rows x {config.gradient_accumulation_steps} accumulated x "
-        f"{engine.world_size} processes = {rows} {packed} rows of up to {config.max_length} tokens a step",
+        f"{engine.world_size} processes = {rows}{kept} {packed} rows of up to {config.max_length} tokens a step",
         f"              {run.plan.efficiency(0):.0%} of a row's {config.max_length} tokens hold data",
         f"steps         {run.total_steps} ({run.plan.steps_in_epoch(0)} an epoch), warm-up {run.warmup_steps}, "
         f"{config.lr_scheduler_type} from {config.learning_rate:g}, seed {config.seed}",
@@ -52,6 +59,14 @@ def describe_run(run: "Run") -> str:
         lines.append(f"resuming      after step {run.start_step}")
     values = " ".join(f"{name}={value}" for name, value in config.to_dict().items() if value is not None)
     return "\n".join([*lines, *textwrap.wrap(values, 118, initial_indent="configuration ", subsequent_indent=" " * 14)])
+
+
+def _peak(run: "Run") -> str:
+    if run.cost is None:
+        return "no MFU: the FLOPs of a mixture of experts depend on its router"
+    if run.peak.tflops is None:
+        return f"no MFU: the peak FLOP/s are {run.peak.source}"
+    return f"{run.peak.tflops:g} TFLOP/s a device ({run.peak.source}), for the MFU"
 
 
 def _validation(run: "Run") -> list[str]:
@@ -80,7 +95,7 @@ def run_record(run: "Run", result: dict[str, Any] | None) -> dict[str, Any]:
     return {
         "config": run.config.to_dict(),
         "ib": None if run.model.ib_config is None else asdict(run.model.ib_config),
-        "adapter": run.adapter,
+        "adapter": run.identity["adapter"],
         "base": run.base_fingerprint,
         "prompt_format": run.data.prompt_format,
         "data": {"fingerprint": run.data.fingerprint, **asdict(run.data.report), "summary": run.data.report.lines()},
@@ -90,7 +105,11 @@ def run_record(run: "Run", result: dict[str, Any] | None) -> dict[str, Any]:
         "hub": hub_names(run.config.to_dict()),
         "dtype": str(next(run.model.get_base_model().parameters()).dtype).removeprefix("torch."),
         "engine": run.engine.name,
-        "attention": run.attention.implementation,
+        "attention": run.attention.label,
+        "gradient_checkpointing": run.checkpointing.on,
+        "peak_tflops": run.peak.tflops,
+        "processes": run.engine.world_size,
+        "device": _where(run.engine.device),
         "steps": run.total_steps,
         "result": result,
         "command": sys.argv,
@@ -130,7 +149,8 @@ def _where(device: torch.device) -> str:
     return f"CPU, {torch.get_num_threads()} threads"
 
 
-def _short(count: int) -> str:
+def short_count(count: int) -> str:
+    """1.3B, 42M."""
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
         if count >= size:
             return f"{count / size:.3g}{unit}"

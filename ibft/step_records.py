@@ -1,6 +1,7 @@
 """What is kept of every optimizer step: scalars on the device until logged, then the lines of metrics.jsonl."""
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import Tensor
 from ibft.output import IBOutput
 
 if TYPE_CHECKING:
-    from ibft.train import Run
+    from ibft.run import Run
 
 SUMMARY = ("step", "loss", "ce", "kl_nats", "ce_ib", "active_share", "eval_loss")  # of the last step: the run's result
 
@@ -33,13 +34,14 @@ def stack_terms(output: IBOutput) -> Tensor:
     return torch.stack([loss, *(torch.zeros_like(loss) if value is None else value.float() for value in values)])
 
 
-def to_host(run: "Run", window: list[StepRecord], share: Tensor | None, seconds: float) -> list[dict[str, Any]]:
+def to_host(
+    run: "Run", window: list[StepRecord], share: Tensor | None, speeds: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
     """The records of metrics.jsonl: one transfer for the whole window. `share` belongs to its last step."""
     values = torch.stack([record.scalars for record in window]).tolist()
-    tokens_per_second = sum(record.num_tokens for record in window) / seconds
     ib = run.model.ib_config
     records = []
-    for record, (loss, ce, kl, ce_ib, grad_norm) in zip(window, values, strict=True):
+    for record, speed, (loss, ce, kl, ce_ib, grad_norm) in zip(window, speeds, values, strict=True):
         records.append(
             {
                 "step": record.step,
@@ -55,7 +57,7 @@ def to_host(run: "Run", window: list[StepRecord], share: Tensor | None, seconds:
                 "learning_rate": record.learning_rate,
                 "tokens": record.num_tokens,
                 "label_tokens": record.num_labels,
-                "tokens_per_second": round(tokens_per_second, 1),
+                **speed,
             }
         )
     if share is not None and not math.isnan(value := share.item()):

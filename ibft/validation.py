@@ -1,21 +1,24 @@
 """The loss on held-out rows: plain cross-entropy per label token, over all of them and all ranks."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
-from ibft.config import TrainConfig
 from ibft.data import BatchPlan, EncodedDataset, load_batches
-from ibft.engine import Engine
+from ibft.loading import autocast
+
+if TYPE_CHECKING:
+    from ibft.run import Run
 
 
 class Validation:
     """The held-out documents, packed as the training's are. Draws no random number: a run goes on as without it."""
 
-    def __init__(
-        self, config: TrainConfig, data: EncodedDataset, tokenizer: PreTrainedTokenizerBase, engine: Engine
-    ) -> None:
-        self.data, self._tokenizer, self._engine, self._every = data, tokenizer, engine, config.eval_steps
+    def __init__(self, run: "Run", data: EncodedDataset) -> None:
+        config, engine = run.config, run.engine
+        self.data, self._tokenizer, self._engine, self._every = data, run.tokenizer, engine, config.eval_steps
+        self._lengths, self._dtype = run.attention.takes_lengths, run.dtype
         self._plan = BatchPlan(
             data.lengths,
             max_length=config.max_length,
@@ -44,7 +47,9 @@ class Validation:
             rank=self._engine.rank,
             device=self._engine.device,
             tokenizer=self._tokenizer,
+            lengths=self._lengths,
         ):
-            total += model(**batch, num_items_in_batch=num_labels, return_stats=False).loss
+            with autocast(self._engine.device, self._dtype):
+                total += model(**batch, num_items_in_batch=num_labels, return_stats=False).loss
         model.train(training)
         return float(self._engine.sum(total).item())

@@ -4,15 +4,18 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks import bench_kernels
+from benchmarks import bench_kernels, padding
 from benchmarks.measure import Ratio, can_measure_memory, in_fresh_process, interleave, ratio, relative_error
 from benchmarks.step import SIZES, VARIANTS, build, cells, check, label, table
+from ibft.data import document_lengths
 
 ROOT = Path(__file__).parents[1]
 TOY = SIZES["toy"]
@@ -69,6 +72,57 @@ def test_published_record_is_whole_and_quoted_as_it_is() -> None:
     assert record["memory_mib"].keys() == record["seconds"].keys()
     readme = (ROOT / "benchmarks" / "README.md").read_text()
     assert table(record) in readme and record["command"] in readme and record["device"]["cpu"] in readme
+
+
+def test_padding_command_writes_its_record(tmp_path: Path) -> None:
+    file = tmp_path / "padding.json"
+    printed = run("-m", "benchmarks.padding", "--size", "toy", "--rounds", "2", "--threads", "1", "--record", str(file))
+    record = json.loads(file.read_text())
+    assert padding.table(record) in printed
+    check_padding(record, rounds=2)
+
+
+def check_padding(record: dict[str, Any], rounds: int) -> None:
+    size = padding.Size(**{name: value for name, value in record["size"].items() if name != "name"})
+    assert record["command"].startswith("python -m benchmarks.padding") and str(ROOT) not in record["command"]
+    assert {"torch", "transformers", "peft"} <= record["versions"].keys()
+    assert record["seconds"].keys() == record["positions"].keys() == padding.LAYOUTS.keys()
+    assert all(len(times) == rounds and min(times) > 0 for times in record["seconds"].values())
+    assert record["relative_error"].keys() == padding.LAYOUTS.keys() - {"published"}
+    assert max(record["relative_error"].values()) < 1e-4
+    assert record["real_tokens"] == padding.lengths(size).sum()
+    assert record["positions"]["published"] == size.documents * size.max_length
+    assert (
+        record["positions"]["packed, mask"] == record["positions"]["packed, varlen"] < size.documents * size.max_length
+    )
+
+
+def test_published_padding_record_is_whole_and_quoted_as_it_is() -> None:
+    record = json.loads((ROOT / "benchmarks" / "results" / "padding.json").read_text())
+    check_padding(record, rounds=len(record["seconds"]["published"]))
+    readme = (ROOT / "benchmarks" / "README.md").read_text()
+    assert padding.table(record) in readme and record["command"] in readme
+
+
+def test_a_layout_that_trains_something_else_is_not_measured() -> None:
+    size = padding.SIZES["toy"]
+    model, documents = padding.build_model(size), padding.build_documents(size)
+    expected = padding.gradients(padding.Step("published", size, model, documents))
+    step = padding.Step("packed, varlen", size, model, documents)
+    assert padding.check(step, expected) < 1e-5
+    for batch in step.batches:  # the row taken for one document: they see each other
+        row = batch["input_ids"].shape[1]
+        batch |= document_lengths([row] * batch["input_ids"].shape[0])
+    with pytest.raises(RuntimeError, match=r"packed, varlen: .* differs from that of published rows"):
+        padding.check(step, expected)
+
+
+@pytest.mark.parametrize("documents", [32, 2001])
+def test_lengths_are_spread_as_they_say(documents: int) -> None:
+    lengths = padding.lengths(replace(padding.SIZES["full"], documents=documents))
+    assert abs(np.median(lengths) - 400) < 5 and lengths.max() <= 2048 and (np.diff(lengths) >= 0).all()
+    if documents > 1000:
+        assert (lengths >= 2047).mean() == pytest.approx(0.005, abs=0.0011)
 
 
 @pytest.mark.skipif(not can_measure_memory(), reason="needs /proc/self/clear_refs")

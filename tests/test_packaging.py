@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 # Not part of the development environment: each needs a GPU, an account or a long build.
-UNPINNED_EXTRAS = {"deepspeed", "flash", "liger", "wandb"}
+UNPINNED_EXTRAS = {"flash", "liger", "quantized", "wandb"}
 
 # Loads the library of the folder in argv[1] and prints the words at (0, 0) and (3, 17) of the contract's test stream.
 LOAD_AND_DRAW = """

@@ -3,7 +3,7 @@
 from ibft.data.encode import Document, EncodedDataset, EncodeReport, encode
 from ibft.data.loader import load_batches
 from ibft.data.mixture import load_data
-from ibft.data.packing import BatchPlan, collate
+from ibft.data.packing import BatchPlan, collate, document_lengths
 from ibft.data.sources import load_rows
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "EncodeReport",
     "EncodedDataset",
     "collate",
+    "document_lengths",
     "encode",
     "load_batches",
     "load_data",

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import bisect
 import math
+from collections.abc import Sequence
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,7 +27,8 @@ class BatchPlan:
     lengths: [documents] integers in 1..max_length. "best-fit" packs the whole dataset anew every epoch; "none" gives
     every document a bin of its own. Bins depend on (lengths, max_length, packing, seed, epoch) alone; world_size,
     accumulation and rows_per_batch only decide how consecutive bins are dealt out: optimizer step s of an epoch takes
-    bins s*G .. (s+1)*G - 1, G = world_size * accumulation * rows_per_batch. InputError for anything out of range.
+    bins s*G .. (s+1)*G - 1, G = rows_per_step or else world_size * accumulation * rows_per_batch. InputError for
+    anything out of range.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class BatchPlan:
         accumulation: int,
         world_size: int,
         seed: int,
+        rows_per_step: int | None = None,
     ) -> None:
         sizes = (max_length, rows_per_batch, accumulation, world_size)
         for name, value in zip(("max_length", "rows_per_batch", "accumulation", "world_size"), sizes, strict=True):
@@ -58,7 +61,7 @@ class BatchPlan:
             )
         self.max_length, self.packing, self.seed = max_length, packing, seed
         self.rows_per_batch, self.accumulation, self.world_size = rows_per_batch, accumulation, world_size
-        self.rows_per_step = world_size * accumulation * rows_per_batch
+        self.rows_per_step = rows_per_step or world_size * accumulation * rows_per_batch
         self._cached: tuple[int, list[np.ndarray]] = (-1, [])
 
     def bins(self, epoch: int) -> list[np.ndarray]:
@@ -100,6 +103,14 @@ class BatchPlan:
         """The indices of a step's documents, of all ranks and micro-batches: what its token counts are taken over."""
         return np.concatenate(self._step_bins(step))
 
+    def positions(self, step: int) -> int:
+        """Positions in a step's batches on all ranks, padding included: rows are as long as their batch's longest."""
+        total = 0
+        for rank in range(self.world_size):
+            for bins in self.micro_batches(step, rank):
+                total += len(bins) * max(int(self.lengths[row].sum()) for row in bins) if bins else 1
+        return total
+
     def efficiency(self, epoch: int) -> float:
         """Share of real tokens among the positions of the epoch's bins, were every row `max_length` long."""
         return float(self.lengths.sum()) / (len(self.bins(epoch)) * self.max_length)
@@ -126,8 +137,8 @@ class BatchPlan:
 
 
 def collate(
-    bins: list[list[Document]], *, pad_token_id: int, max_length: int, packing: Packing
-) -> dict[str, torch.Tensor]:
+    bins: list[list[Document]], *, pad_token_id: int, max_length: int, packing: Packing, lengths: bool = False
+) -> dict[str, Any]:
     """One row for every bin, its documents one after the other, padded on the right to the longest row.
 
     All [B, T] and int64 unless said otherwise:
@@ -139,6 +150,8 @@ def collate(
       noise_rows      (example_id * max_length + position) mod 2**32, 0 on padding: the row ids of the noise stream
       label_indices   [M], ascending: the flat positions b*T + t whose next token is a label
       attention_mask  only with packing "none"; without one, transformers isolates packed documents by position_ids
+    and with `lengths`, for attention by documents, in place of attention_mask:
+      cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k  `document_lengths` of the flattened rows
 
     No bins give the dummy batch, which holds no real token: one padding token, which attends to itself.
     """
@@ -154,6 +167,7 @@ def collate(
     position_ids = np.zeros(shape, np.int64)
     token_mask = np.zeros(shape, bool)
     noise_rows = np.zeros(shape, np.int64)
+    sizes: list[int] = []  # of the documents, a row's padding being one
     for row, documents in enumerate(bins):
         start = 0
         for tokens, is_label, example_id in documents:
@@ -165,6 +179,8 @@ def collate(
             start = end
         position_ids[row, start:] = positions[: longest - start]
         token_mask[row, :start] = True
+        sizes += [len(document.tokens) for document in documents]
+        sizes += [longest - start] if start < longest else []
     next_is_label = np.zeros(shape, bool)
     next_is_label[:, :-1] = labels[:, 1:] != IGNORE
     batch = {
@@ -175,9 +191,20 @@ def collate(
         "noise_rows": noise_rows,
         "label_indices": np.flatnonzero(next_is_label),
     }
-    if packing == "none":
+    if packing == "none" and not lengths:
         batch["attention_mask"] = token_mask.astype(np.int64) if bins else np.ones(shape, np.int64)
-    return {name: torch.from_numpy(array) for name, array in batch.items()}
+    tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
+    return tensors | document_lengths(sizes or [1]) if lengths else tensors
+
+
+def document_lengths(sizes: Sequence[int]) -> dict[str, Any]:
+    """What transformers' attentions by documents are called with, of the documents in a flattened batch [B*T].
+
+    cu_seq_lens_q and cu_seq_lens_k: int32 [documents + 1], where each begins and the last one ends; max_length_q and
+    max_length_k: the longest, a number, so that no layer has to ask the device for it.
+    """
+    bounds = torch.from_numpy(np.cumsum([0, *sizes], dtype=np.int32))
+    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": max(sizes), "max_length_k": max(sizes)}
 
 
 def _best_fit(lengths: list[int], capacity: int) -> tuple[np.ndarray, int]:

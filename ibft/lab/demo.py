@@ -17,7 +17,6 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, set_seed
 
-from ibft.checkpoint import METRICS_NAME, prepare_output, write_json
 from ibft.config import TrainConfig
 from ibft.data import BatchPlan, EncodedDataset, collate, encode, load_rows
 from ibft.data.packing import Packing
@@ -26,6 +25,7 @@ from ibft.flags import AT_LEAST_1, NOT_EMPTY, Check, check_fields, flag
 from ibft.lab.tasks import Task, generate_tasks, write_jsonl
 from ibft.lab.tiny import build_llama, build_tokenizer, save_base
 from ibft.loading import quiet_libraries
+from ibft.run_folder import METRICS_NAME, prepare_output, write_json
 from ibft.train import train
 
 MAX_LENGTH = 256

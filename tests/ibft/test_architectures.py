@@ -28,7 +28,7 @@ def test_tap_is_hidden_states_of_that_layer(kind: str) -> None:
     assert len(expected) == LAYERS + 1
     for layer in range(1, LAYERS):
         tap = LayerTap()
-        tap.attach(parts.layer(layer - 1))
+        tap.attach(parts.layers[layer - 1])
         with tap.armed(True):
             last = parts.decode(input_ids=ids)
         hidden = tap.take()
@@ -116,7 +116,7 @@ def test_merging_leaves_no_trace(kind: str) -> None:
     model, ids = wrap(tiny_model(kind), config()).eval(), random_batch()["input_ids"]
     base_names = set(tiny_model(kind).state_dict())
     expected = model(input_ids=ids).logits
-    layer = CausalLM.of(model.get_base_model()).layer(1)
+    layer = CausalLM.of(model.get_base_model()).layers[1]
     assert layer._forward_hooks
     merged = model.merge_and_unload()
     assert not layer._forward_hooks

@@ -10,10 +10,17 @@ from importlib.machinery import ModuleSpec
 import pytest
 
 from ibft.adapter import lora_config
-from ibft.config import Scheduler, TrainConfig, check_deepspeed, parse_args, preset_values
+from ibft.config import Scheduler, TrainConfig, check_engine, parse_args, preset_values
 from ibft.errors import InputError
 
-READ_WHEN_PARSED = ("adapter_config", "training_config", "use_deepspeed", "streaming")  # their own tests are below
+READ_WHEN_PARSED = (
+    "adapter_config",
+    "training_config",
+    "use_deepspeed",
+    "engine",
+    "deepspeed_config",
+    "streaming",
+)  # their own tests are below
 BASE = {"base_model": "m", "dataset": "d"}
 REQUIRED = ["--base_model", "m", "--dataset", "d"]
 
@@ -44,7 +51,7 @@ def test_every_field_is_a_flag_in_both_spellings(name, respell):
     kind = TrainConfig.__dataclass_fields__[name].type
     required = [*REQUIRED, "--encoder", "lora"]  # lora, so that encoder_rank is allowed
     required += ["--validation_split", "0.1"] if name == "eval_steps" else []
-    if kind == "bool":
+    if kind.removesuffix(" | None") == "bool":
         for flag, value in ((f"--{name}", True), (f"--no_{name}", False)):
             assert getattr(parse_args([*required, respell(flag)])[0], name) is value
         return
@@ -120,8 +127,10 @@ def test_values_keep_their_dashes():
         ("--report_to none wandb", r"--report_to takes wandb, tensorboard, trackio, all, or none alone, not 'none'"),
         ("--output_dir=", r"--output_dir must be a name or path, not ''"),
         ("--resume --overwrite", r"--resume and --overwrite exclude each other"),
-        ("--attn_implementation flash_attention_2", r"works with --packing none"),
-        ("--attn_implementation flash_attention_2 --packing none --use_cpu", r"needs a GPU"),
+        ("--attn_implementation flash_attention_3 --use_cpu", r"flash_attention_3 needs a GPU; with --use_cpu take"),
+        ("--load_in_4bit --engine fsdp2", r"--load_in_4bit: fsdp2 cannot distribute bitsandbytes' weights; take one"),
+        ("--load_in_4bit --use_deepspeed", r"--load_in_4bit: deepspeed cannot distribute"),
+        ("--liger --use_cpu", r"--liger needs a GPU"),
         ("--overwrite=yes", r"--overwrite/--no_overwrite: ignored explicit argument 'yes'"),
     ],
 )
@@ -142,6 +151,7 @@ def test_required_flags_and_misspelt_required_flags():
 def test_boundaries_that_are_allowed():
     parse(f"--seed {2**63 - 1} --alpha 0 --beta 0 --lora_dropout 0 --adam_beta1 0 --max_grad_norm 0 --max_length 2")
     parse("--attn_implementation flash_attention_2 --packing none")
+    parse("--attn_implementation varlen --use_cpu --no_gradient_checkpointing")
     parse("--encoder lora --encoder_rank 1 --warmup_ratio 1 --num_train_epochs 0.5")
 
 
@@ -161,7 +171,7 @@ def test_help_lists_every_flag(capsys):
     assert stop.value.code == 0
     kinds = {name: field.type for name, field in TrainConfig.__dataclass_fields__.items()}
     words = set(shown.split())
-    assert {f"--{'[no_]' if kind == 'bool' else ''}{name}" for name, kind in kinds.items()} <= words
+    assert {f"--{'[no_]' if kind.startswith('bool') else ''}{name}" for name, kind in kinds.items()} <= words
     assert "--config FILE" in shown and "(default: 0.0001)" in shown and "%" not in shown
 
 
@@ -289,14 +299,14 @@ def test_published_command_line(published_config):
     assert len(notices) == 3  # fp16, evaluation, output_dir "./"
 
 
-def test_deepspeed_names_the_extra_or_says_not_yet(monkeypatch):
-    check_deepspeed(TrainConfig(**BASE))
+def test_deepspeed_names_the_extra(monkeypatch):
+    check_engine(TrainConfig(**BASE))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r'pip install "ibft\[deepspeed\]"'):
-        parse("--use_deepspeed")
+    for flags in ("--use_deepspeed", "--engine deepspeed"):
+        with pytest.raises(InputError, match=r'pip install "ibft\[deepspeed\]"'):
+            parse(flags)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: ModuleSpec(name, None))
-    with pytest.raises(InputError, match="one process or, under torchrun, with DDP"):
-        parse("--use-deepspeed")
+    assert parse("--use-deepspeed").chosen_engine == "deepspeed"
 
 
 # --- the adapter

@@ -120,7 +120,7 @@ def test_the_plans_counts_are_those_of_the_batches() -> None:
 
 _WORKER = """
 import sys, torch
-from ibft import engine, train
+from ibft import train
 from ibft.config import parse_args
 kept = {}
 real = torch.nn.utils.clip_grad_norm_

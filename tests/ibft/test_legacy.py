@@ -85,7 +85,7 @@ def test_empty_file_and_every_kind_of_nothing(read):
         ({"max_steps": 0}, {"max_steps": -1}),
         ({"resume_from_checkpoint": True}, {"resume": True}),
         ({"resume_from_checkpoint": None}, {}),
-        ({"deepspeed": "config/ds_config.json"}, {"use_deepspeed": True}),
+        ({"deepspeed": "ds_config.json"}, {"engine": "deepspeed", "deepspeed_config": "ds_config.json"}),
         ({"run_name": "", "output_dir": ""}, {}),
         ({"report_to": "none"}, {"report_to": []}),
         ({"report_to": None}, {"report_to": []}),

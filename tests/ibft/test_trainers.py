@@ -17,11 +17,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
+import ibft.run
 import ibft.train
 from ibft import IBConfig, IBModel, InputError
 from ibft.config import TrainConfig
 from ibft.data import collate, load_batches
-from ibft.engine import Engine
+from ibft.engines import Engine
 
 trl = pytest.importorskip("trl")
 
@@ -39,6 +40,7 @@ def config(base_folder: Path, tasks_file: Path, tmp_path: Path) -> Callable[...,
             **{"max_length": 128, "bottleneck_dim": 16, "target_layer": 1, "alpha": 0.5, "lora_r": 4, "use_cpu": True},
             **{"lora_dropout": 0.0, "lr_scheduler_type": "constant", "warmup_ratio": 0.0, "learning_rate": 1e-3},
             **{"max_steps": STEPS, "logging_steps": 1, "max_grad_norm": 0.05, "packing": "none"},
+            "attn_implementation": "sdpa",  # which a trainer without our collator runs, too
             **changes,
         }
         return TrainConfig(**settings)
@@ -53,7 +55,7 @@ class OwnLoop:
         ibft.train.train(config)
         lines = (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()
         self.records = [json.loads(line) for line in lines]
-        again = ibft.train._set_up(
+        again = ibft.run.set_up(
             TrainConfig(**{**config.to_dict(), "output_dir": config.output_dir + "-again"}), Engine(torch.device("cpu"))
         )
         self.model, self.tokenizer, self.data, self.plan = again.model, again.tokenizer, again.data, again.plan

@@ -20,6 +20,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,11 @@ def environment(**variables: str) -> Setting:
 
 def adapter_json(**values: Any) -> str:
     return json.dumps({"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "target_modules": ["q_proj"], **values})
+
+
+def not_installed(name: str) -> str:
+    """What importlib.metadata.version does of a package that is missing."""
+    raise PackageNotFoundError(name)
 
 
 def parquet(world: World, table: pa.Table) -> None:
@@ -463,11 +469,17 @@ MODEL = {
     "modules_with_the_head": train("--lora_target_modules q_proj,lm_head", "the output head is a .*take it out"),
     "modules_and_all": train("--lora_target_modules all-linear q_proj", "all-linear or module names, not both"),
     "modules_none": train("--lora_target_modules none", "must name at least one module"),
-    "flash_attention_without_gpu": train("--attn_implementation flash_attention_2 --packing none", "needs a GPU"),
-    "flash_attention_packed": train(
-        "--attn_implementation flash_attention_2", "flash_attention_2 is not ready for --packing best-fit"
+    "flash_attention_on_the_cpu": train(
+        "--attn_implementation flash_attention_2", "needs a GPU; with --use_cpu take auto"
     ),
-    "attention_unknown": train("--attn_implementation flash", "--attn_implementation takes sdpa or eager"),
+    "attention_unknown": train("--attn_implementation flash", "--attn_implementation takes auto or flash_attention_3"),
+    "liger_on_the_cpu": train("--liger", "--liger needs a GPU"),
+    "bitsandbytes_missing": train(
+        "--load_in_4bit",
+        r"--load_in_4bit needs bitsandbytes, which is not installed: pip install \"ibft\[quantized\]\"",
+        lambda world: world.monkeypatch.setattr("ibft.loading.version", not_installed),
+    ),
+    "peak_of_nothing": train("--peak_tflops 0", "--peak_tflops must be greater than 0, not 0"),
 }
 
 FILES = {
@@ -553,14 +565,27 @@ FLAGS = {
     "batch_twice": train("--tokens_per_batch 256 --per_device_train_batch_size 2", "set the same thing; give one"),
     "num_proc_zero": train("--num_proc 0", "--num_proc must be at least 1, not 0"),
     "tracker_unknown": train("--report_to wand", "not 'wand'. Did you mean wandb"),
-    "deepspeed": train("--use_deepspeed", "--use_deepspeed"),
+    "deepspeed_and_fsdp2": train(
+        "--use_deepspeed --engine fsdp2", "--use_deepspeed and --engine fsdp2 name two engines"
+    ),
+    "deepspeed_config_without_deepspeed": train(
+        "--deepspeed_config ds.json", "--deepspeed_config ds.json needs --engine deepspeed; the engine is auto"
+    ),
+    "deepspeed_config_missing": train("--use_deepspeed --deepspeed_config nowhere.json", "nowhere.json"),
+    "engine_unknown": train(
+        "--engine fsdp", "--engine takes auto or ddp or fsdp2 or deepspeed, not 'fsdp'. Did you mean"
+    ),
+    "ddp_in_one_process": train("--engine ddp", "--engine ddp spreads a run over processes.*torchrun --nproc_per_node"),
+    "fsdp2_in_one_process": train("--engine fsdp2", "--engine fsdp2 spreads a run over processes.*torchrun"),
     "world_size_word": train("", "WORLD_SIZE is 'two'; torchrun sets it, to a number", environment(WORLD_SIZE="two")),
     "world_size_zero": train("", "WORLD_SIZE is '0'; .* at least 1", environment(WORLD_SIZE="0")),
     "world_size_without_torchrun": train(
         "", "WORLD_SIZE is 2, but RANK is not set.*torchrun", environment(WORLD_SIZE="2")
     ),
     "local_rank_word": train("", "LOCAL_RANK is 'x'", environment(LOCAL_RANK="x")),
-    "command_unknown": Wrong("trian", "'trian' is not a command of ibft; there are: train, export, lab"),
+    "command_unknown": Wrong(
+        "trian", "'trian' is not a command of ibft; there are: train, eval, estimate, export, lab"
+    ),
 }
 
 FOLDERS = {
@@ -594,13 +619,15 @@ FOLDERS = {
         "different run; .*data was one of fingerprint [0-9a-f]{12}, is one of",
         lambda world: world.rows("rows.jsonl", *ROWS),
     ),
-    "resume_a_damaged_state": resume("", "checkpoint-2/state.pt cannot be read", cut("run/checkpoint-2/state.pt", 99)),
+    "resume_a_damaged_state": resume(
+        "", "checkpoint-2/state.pt is damaged: it is not what was", cut("run/checkpoint-2/state.pt", 99)
+    ),
     "resume_a_damaged_adapter": resume(
-        "", "checkpoint-2 cannot be read", cut("run/checkpoint-2/adapter_model.safetensors", 99)
+        "", "adapter_model.safetensors is damaged: it is not", cut("run/checkpoint-2/adapter_model.safetensors", 99)
     ),
     "resume_a_checkpoint_without_its_bottleneck": resume(
         "",
-        "checkpoint-2 has no ib_head.safetensors. Remove that checkpoint",
+        "ib_head.safetensors cannot be read: No such file.*Remove that checkpoint to continue from the one before",
         lambda world: (world.here / "run/checkpoint-2/ib_head.safetensors").unlink(),
     ),
 }
@@ -848,7 +875,7 @@ def full_at(world: World, name: str, call: int, size: int) -> None:
 NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 DENIED = PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 REFUSALS = {
-    "torch_writes_a_checkpoint": ("MiB are free", lambda world: full_at(world, "save_checkpoint", 2, 2000)),
+    "torch_writes_a_checkpoint": ("MiB are free", lambda world: full_at(world, "save_checkpoint", 2, 20_000)),
     "safetensors_writes_a_checkpoint": ("File too large", lambda world: full_at(world, "save_checkpoint", 2, 7000)),
     "a_checkpoint_is_renamed": ("Permission denied", lambda world: refusing(world, Path, "rename", 2, DENIED)),
     "metrics_are_written": (
@@ -875,7 +902,9 @@ def whole_run(base_folder: Path, tasks_file: Path, tmp_path_factory: pytest.Temp
 def without_times(folder: Path) -> dict[str, str]:
     found = {name: value for name, value in contents(folder).items() if name in LEFT}
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return {**found, "metrics.jsonl": str([{**json.loads(line), "tokens_per_second": 0} for line in lines])}
+    measured = re.compile(r"tokens_per_second|mfu|peak_memory_gib|.*seconds")
+    records = [{k: v for k, v in json.loads(line).items() if not measured.fullmatch(k)} for line in lines]
+    return {**found, "metrics.jsonl": str(records)}
 
 
 @pytest.mark.parametrize("name", REFUSALS)
@@ -909,7 +938,7 @@ def test_a_disk_that_is_full_before_the_first_checkpoint(
 ) -> None:
     full_at(world, "save_checkpoint", 1, 2000)
     assert ibft_command(f"train --base_model {{base}} --dataset {{data}} --output_dir {{out}} {QUICK}") == 1
-    assert "No checkpoint had been written, so a new run starts over, with --overwrite." in capsys.readouterr().err
+    assert "No checkpoint had been written, so --resume starts over." in capsys.readouterr().err
 
 
 def test_an_export_that_finds_the_disk_full(

@@ -1,0 +1,1 @@
+"""What a training costs, from the configuration alone: parameters, memory, FLOPs, time. `ibft estimate`."""

@@ -1,0 +1,1 @@
+"""Evaluation by execution: problems, samples, verdicts, and Pass@k and Pass@k^(m) over them."""

@@ -1,0 +1,308 @@
+"""A run made ready: checks, data, model and optimizer, distributed as the engine does it, and resumed where asked."""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler, set_seed
+
+from ibft.adapter import lora_config
+from ibft.architecture import CausalLM, default_target_layer
+from ibft.attention import Attention, select_attention
+from ibft.checkpoint import Checkpoint, check_files, check_run, load_state, load_weights, newest_checkpoint
+from ibft.config import TrainConfig
+from ibft.data import BatchPlan, EncodedDataset, document_lengths, load_data
+from ibft.engines import Engine
+from ibft.errors import InputError
+from ibft.estimate.checkpointing import Checkpointing, choose_checkpointing
+from ibft.estimate.cost import ModelCost
+from ibft.loading import (
+    check_optional_packages,
+    check_vocabulary,
+    compute_in_base_dtype,
+    fingerprint,
+    load_base_config,
+    load_base_model,
+    load_base_outline,
+    load_tokenizer,
+    resolve_dtype,
+    use_liger_layers,
+)
+from ibft.model import IBModel
+from ibft.objective import IBConfig
+from ibft.run_folder import checkpoints, prepare_output
+from ibft.speed import Peak, peak_of
+
+
+@dataclass
+class Run:
+    """Everything that the loop works with."""
+
+    config: TrainConfig
+    engine: Engine
+    attention: Attention
+    tokenizer: PreTrainedTokenizerBase
+    data: EncodedDataset
+    plan: BatchPlan
+    model: IBModel  # what is saved
+    wrapped: nn.Module  # what is called
+    optimizer: AdamW
+    schedule: LRScheduler
+    base_fingerprint: str
+    identity: dict[str, Any]  # what a resumed run must match
+    total_steps: int
+    warmup_steps: int
+    cost: ModelCost | None  # None for a mixture of experts
+    checkpointing: Checkpointing
+    peak: Peak
+    start_step: int = 0
+    validation: EncodedDataset | None = None
+
+    @property
+    def output(self) -> Path:
+        """The folder that the run writes to."""
+        return Path(self.config.output_dir)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The base model's, in which a step computes."""
+        return next(self.model.get_base_model().parameters()).dtype
+
+
+def set_up(config: TrainConfig, engine: Engine) -> Run:
+    """The cheap checks first, then data, then the model, so that a wrong input costs seconds.
+
+    With `dry_run` the model has no weights and is not distributed: `describe_dry_run` says what that leaves unchecked.
+    """
+    output = Path(config.output_dir)
+    engine.on_main(
+        lambda: prepare_output(output, overwrite=config.overwrite, resume=config.resume, dry_run=config.dry_run)
+    )
+    saved = _find_checkpoint(output, engine) if config.resume else None
+    base_config, dtype = load_base_config(config.base_model), resolve_dtype(config.dtype, engine.device)
+    check_optional_packages(liger=config.liger, load_in_4bit=config.load_in_4bit, base_config=base_config)
+    attention = select_attention(
+        config.attn_implementation,
+        packing=config.packing,
+        device=engine.device,
+        dtype=dtype,
+        base_config=base_config,
+        compiled=config.compile,
+    )
+    adapter = lora_config(config)
+    tokenizer = load_tokenizer(config.base_model)
+    data, validation = load_data(config, tokenizer)
+    plan = _plan(config, engine, data, saved)
+    total_steps = config.max_steps if config.max_steps > 0 else plan.total_steps(config.num_train_epochs)
+    warmup_steps = config.warmup_steps or math.ceil(config.warmup_ratio * total_steps)
+
+    # One seed makes the same initial weights on every rank; each rank's dropout then has a seed of its own.
+    set_seed(config.seed % 2**32)
+    base, base_fingerprint = _load_base(config, engine, attention, dtype)
+    check_vocabulary(config.base_model, base, tokenizer, [data, *([] if validation is None else [validation])])
+    if config.liger:
+        use_liger_layers(base)
+    model = _with_adapter(base, adapter, _ib_config(config, base))
+    compute_in_base_dtype(model)
+    cost = _cost(model)
+    checkpointing = engine.share(
+        choose_checkpointing(
+            config,
+            cost,
+            lora_config(config),
+            num_parameters=base.num_parameters(),
+            dtype=dtype,
+            device=engine.device,
+            world_size=engine.world_size,
+            shards_weights=engine.shards_weights,
+        )
+    )
+    if checkpointing.on:
+        model.enable_input_require_grads()  # the embeddings are frozen: without this no gradient would enter
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    identity = _identity(config, model, base_fingerprint, data, validation, plan, total_steps)
+    if saved is not None:
+        check_run(saved, identity, unknown={"base"} if config.dry_run else set())
+        if engine.loads_weights and not config.dry_run:
+            load_weights(saved, model)
+    if config.compile:
+        compile_layers(model)
+    set_seed((config.seed + engine.rank) % 2**32)
+
+    if not config.dry_run:
+        engine.shard(model)
+    optimizer = _build_optimizer(config, model)
+    schedule = get_scheduler(config.lr_scheduler_type, optimizer, warmup_steps, total_steps)
+    wrapped = model if config.dry_run else engine.wrap(model, optimizer)
+    if saved is not None and not config.dry_run:
+        load_state(saved, engine, model, optimizer, schedule)
+    return Run(
+        config=config,
+        engine=engine,
+        attention=attention,
+        tokenizer=tokenizer,
+        data=data,
+        plan=plan,
+        model=model,
+        wrapped=wrapped,
+        optimizer=optimizer,
+        schedule=schedule,
+        base_fingerprint=base_fingerprint,
+        identity=identity,
+        total_steps=total_steps,
+        warmup_steps=warmup_steps,
+        cost=cost,
+        checkpointing=checkpointing,
+        peak=peak_of(config, engine.device, dtype),
+        start_step=0 if saved is None else saved.step,
+        validation=validation,
+    )
+
+
+def _find_checkpoint(output: Path, engine: Engine) -> Checkpoint | None:
+    """The newest, its files checked; None for a run that was cut off before its first."""
+    found: list[Checkpoint] = []
+
+    def look() -> None:
+        if checkpoints(output):
+            found.append(newest_checkpoint(output))
+            check_files(found[0])
+
+    engine.on_main(look)
+    return engine.share(found[0] if found else None)
+
+
+def _plan(config: TrainConfig, engine: Engine, data: EncodedDataset, saved: Checkpoint | None) -> BatchPlan:
+    """The order of the run. On another number of processes a step keeps its rows, which are dealt out anew."""
+    keeps_rows = saved is not None and saved.rows_per_process == config.rows_per_process
+    return BatchPlan(
+        data.lengths,
+        max_length=config.max_length,
+        packing=config.packing,
+        rows_per_batch=config.rows_per_batch,
+        accumulation=config.gradient_accumulation_steps,
+        world_size=engine.world_size,
+        seed=config.seed,
+        rows_per_step=saved.run["rows_per_step"] if saved is not None and keeps_rows else None,
+    )
+
+
+def _load_base(
+    config: TrainConfig, engine: Engine, attention: Attention, dtype: torch.dtype
+) -> tuple[PreTrainedModel, str]:
+    """The base model and its fingerprint; only an outline where the main process reads the weights, or nobody."""
+    outline = config.dry_run or not engine.loads_weights
+    if outline:
+        base = load_base_outline(config.base_model, dtype, attention.implementation)
+    else:
+        base = load_base_model(
+            config.base_model, dtype, attention.implementation, engine.loading_device, config.load_in_4bit
+        )
+        parts = CausalLM.of(base)
+        parts.check_causal()
+        if config.packing != "none":
+            parts.check_packing(document_lengths([2, 2]) if attention.takes_lengths else None)
+    if config.dry_run:
+        return base, ""
+    return base, engine.share("" if outline else fingerprint(base))
+
+
+def compile_layers(model: IBModel) -> None:
+    """torch.compile of every decoder layer's own computation; hooks stay outside, those of FSDP2 and the tap too."""
+    for layer in CausalLM.of(model.get_base_model()).layers:
+        layer.forward = torch.compile(layer.forward)
+
+
+def _cost(model: IBModel) -> ModelCost | None:
+    try:
+        return ModelCost.of(model)
+    except InputError:  # a mixture of experts
+        return None
+
+
+def _identity(
+    config: TrainConfig,
+    model: IBModel,
+    base_fingerprint: str,
+    data: EncodedDataset,
+    validation: EncodedDataset | None,
+    plan: BatchPlan,
+    total_steps: int,
+) -> dict[str, Any]:
+    """What a resumed run must match: its settings, and what came of them; as JSON gives it back."""
+    adapter = model.peft_config["default"].to_dict()
+    identity = {
+        **config.to_dict(),
+        "ib": None if model.ib_config is None else asdict(model.ib_config),
+        "adapter": {name: value for name, value in adapter.items() if name != "base_model_name_or_path"},
+        "base": base_fingerprint,
+        "data": data.fingerprint,
+        "validation": None if validation is None else validation.fingerprint,
+        "rows_per_step": plan.rows_per_step,
+        "total_steps": total_steps,
+    }
+    return json.loads(
+        json.dumps(identity, default=lambda value: sorted(value) if isinstance(value, set) else str(value))
+    )
+
+
+def _with_adapter(base: PreTrainedModel, adapter: LoraConfig, ib: IBConfig | None) -> IBModel:
+    try:
+        model = IBModel.from_base(base, adapter, ib)
+    except InputError:
+        raise
+    except ValueError as error:  # PEFT's, of modules that the model has not, or cannot adapt
+        raise InputError(f"the adapter does not fit the base model: {error}") from error
+    if ib is not None and not _reaches_below(model, ib.target_layer):
+        raise InputError(
+            f"no adapter is at or below target_layer {ib.target_layer}, so the bottleneck would shape nothing; lower "
+            "layers_to_transform, or raise --target_layer."
+        )
+    return model
+
+
+def _reaches_below(model: IBModel, target_layer: int) -> bool:
+    """Whether something is trained other than the layers above the target, whose output the bottleneck reads."""
+    parts = CausalLM.of(model.get_base_model())
+    layers = parts.layers[target_layer:]
+    above = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    trained = [p for name, p in model.named_parameters() if p.requires_grad and not name.startswith("bottleneck.")]
+    return any(id(parameter) not in above for parameter in trained)
+
+
+def _ib_config(config: TrainConfig, base: torch.nn.Module) -> IBConfig | None:
+    if config.method == "sft":
+        return None
+    layer = config.target_layer or default_target_layer(CausalLM.of(base).num_layers)
+    return IBConfig(
+        target_layer=layer,
+        bottleneck_dim=config.bottleneck_dim,
+        encoder=config.encoder,
+        encoder_rank=config.encoder_rank or 32,
+        alpha=config.alpha,
+        beta=config.beta,
+        kl_tokens=config.kl_tokens,
+        kl_reduction=config.kl_reduction,
+        sample=config.sample,
+    )
+
+
+def _build_optimizer(config: TrainConfig, model: IBModel) -> AdamW:
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    adapter = [parameter for name, parameter in named if not name.startswith("bottleneck.")]
+    bottleneck = [parameter for name, parameter in named if name.startswith("bottleneck.")]
+    return AdamW(
+        [{"params": group} for group in (adapter, bottleneck) if group],
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+        fused=not config.dry_run,  # fused AdamW refuses parameters that are nowhere
+    )

@@ -1,0 +1,152 @@
+"""Verdicts on Verilog: the rules, and what a design may not touch."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ibft.evaluate import verilog_verdict
+from ibft.evaluate.problems import Problem, load_problems
+from ibft.evaluate.sandbox import Limits, Outcome, Sandbox, choose_sandbox
+from ibft.evaluate.verilog_verdict import _strict, _v1, judge, reference, suspicious
+
+LIMITS = Limits(wall_seconds=30, cpu_seconds=10)
+
+
+def ended(stdout: str, stderr: str = "", exit_code: int = 0) -> Outcome:
+    return Outcome(exit_code, None, stdout.encode(), stderr.encode(), 0.1)
+
+
+NONE, SOME = "Hint: Total mismatched samples is 0\nMismatches: 0 in 20 samples\n", "Mismatches: 3 in 20 samples\n"
+
+
+@pytest.mark.parametrize(
+    ("outcome", "category"),
+    [
+        (ended(NONE), "passed"),
+        (ended(NONE, "warning: something"), "passed"),
+        (ended(SOME), "wrong_output"),
+        (ended("Mismatches: 0 in 19 samples\n"), "suspicious"),
+        (ended("Mismatches: 0 in 0 samples\n"), "suspicious"),
+        (ended(NONE + NONE), "suspicious"),
+        (ended(NONE + SOME), "suspicious"),
+        (ended(NONE + "x" + SOME), "suspicious"),
+        (ended(NONE + "Mismatches\n"), "suspicious"),
+        (ended(" " + SOME.replace("3", "0")), "suspicious"),
+        (ended("Mismatches: 0 in 20 samples!\n"), "suspicious"),
+        (ended("nothing\n"), "runtime_error"),
+        (ended(NONE, exit_code=1), "runtime_error"),
+        (ended(NONE, exit_code=139), "runtime_error"),
+        (ended("", "design.sv:3: syntax error", 97), "syntax_error"),
+        (ended("", "design.sv:3: error: no such module", 97), "compile_error"),
+    ],
+)
+def test_the_strict_rule(outcome: Outcome, category: str) -> None:
+    assert _strict(outcome, 20).category == category
+
+
+@pytest.mark.parametrize(
+    ("outcome", "category"),
+    [
+        (ended(NONE), "passed"),
+        (ended(NONE + SOME), "passed"),
+        (ended("x" + NONE, exit_code=1), "passed"),
+        (ended(SOME), "wrong_output"),
+        (ended(NONE, "warning: something"), "compile_error"),
+        (ended(NONE, "syntax error"), "syntax_error"),
+        (ended("nothing"), "runtime_error"),
+    ],
+)
+def test_the_original_rule(outcome: Outcome, category: str) -> None:
+    assert _v1(outcome).category == category
+
+
+BENCH = (
+    "module reference_module(input a);\nendmodule\nmodule tb();\n  reference_module good1 (.a(1));\n"
+    "  top_module top_module1 (.a(1));\nendmodule\n"
+)
+PROBLEM = Problem("p", "verilog", "module top_module(input a);\n", "endmodule", BENCH)
+
+
+@pytest.mark.parametrize(
+    "design",
+    [
+        *(
+            "reference_module r(a);",
+            "assign x = tb.y;",
+            "assign x = \\tb .y;",
+            "assign x = good1.y;",
+            "x = top_module1.y;",
+        ),
+        *(
+            "initial $finish;",
+            "initial $finish(0);",
+            "initial $stop;",
+            "initial $fopen(f);",
+            "$dumpfile(f);",
+            "$readmemh(f);",
+        ),
+        *("`include <x>", "` include <x>", "`define x(a) a``b", "initial stats1 = 0;", "/* */ $finish"),
+        *('wire \\a" ; initial $finish; wire \\b" ;', "wire \\a/* ; assign x = good1.y; wire \\b*/ ;"),
+    ],
+)
+def test_what_reaches_beyond_a_design_is_suspicious(design: str) -> None:
+    assert suspicious(PROBLEM, design) is not None
+
+
+@pytest.mark.parametrize(
+    "design",
+    [
+        *(
+            "// $finish tb.x",
+            "/* reference_module */",
+            '$display("tb.x $finish");',
+            "wire tbx, a_tb; reg finish, stop;",
+        ),
+        *(
+            "initial $display(a);",
+            "`define X 1\nassign y = `X;",
+            "assign y = $signed(a) + $clog2(8);",
+            "sub tb1 (.a(a));",
+        ),
+    ],
+)
+def test_ordinary_designs_are_not(design: str) -> None:
+    assert suspicious(PROBLEM, design) is None
+
+
+def test_canonical_solutions_are_not_suspicious(test_data: Callable[[str], Path]) -> None:
+    for name in ("human", "machine"):
+        for problem in load_problems(f"verilogeval-{name}", test_data("verilogeval_v1")):
+            assert suspicious(problem, problem.prompt + problem.canonical_solution) is None, problem.task_id
+
+
+def test_a_real_testbench_tells_right_from_wrong(
+    sandbox: Sandbox, iverilog: None, test_data: Callable[[str], Path]
+) -> None:
+    problems = {p.task_id: p for p in load_problems("verilogeval-human", test_data("verilogeval_v1"))}
+    gates = problems["gatesv"]
+    right = f"{gates.prompt}\n{gates.canonical_solution}"
+    verdict, samples = reference(sandbox, gates, right, LIMITS)
+    assert verdict.category == "passed" and samples is not None and samples > 100
+    for rule in ("strict", "v1"):
+        assert judge(sandbox, gates, right, LIMITS, rule=rule, samples=samples).category == "passed"
+        wrong = judge(sandbox, gates, right.replace("in[2:0] &", "in[2:0] |"), LIMITS, rule=rule, samples=samples)
+        assert wrong.category == "wrong_output" and re.search(rf"mismatches in {samples}", wrong.detail)
+    assert judge(sandbox, gates, right, LIMITS, samples=samples + 1).category == "suspicious"
+    # A warning of the compiler's: only the original rule asks for them, and fails a design for them.
+    warned = right.replace("endmodule", "\twire [1:0] x; sub s(.a(in)); \nendmodule\nmodule sub(input a); endmodule")
+    assert judge(sandbox, gates, warned, LIMITS, rule="strict", samples=samples).category == "passed"
+    assert judge(sandbox, gates, warned, LIMITS, rule="v1", samples=samples).category == "compile_error"
+
+
+def test_versions_name_the_simulator(iverilog: None) -> None:
+    assert re.fullmatch(r"\d+\.\d+", verilog_verdict.versions()["iverilog"])
+
+
+def test_a_sandbox_can_read_the_tools(iverilog: None, sandbox: Sandbox) -> None:
+    from ibft.evaluate.sandbox import readable_folders
+
+    own = choose_sandbox(readable=readable_folders(*verilog_verdict.programs()))
+    assert own.run([verilog_verdict.programs()[1], "-V"], LIMITS).exit_code == 0

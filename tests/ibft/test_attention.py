@@ -1,0 +1,394 @@
+"""Every attention keeps packed documents apart, with the gradients they have alone; which one is taken, and why."""
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import KINDS, VOCABULARY, assert_same_gradients, tiny_model
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, LlamaConfig, PreTrainedModel
+
+import ibft.attention
+from ibft import InputError
+from ibft.architecture import CausalLM
+from ibft.attention import VARLEN, Attention, select_attention, varlen_attention
+from ibft.cli import main
+from ibft.data import collate, document_lengths
+from ibft.data.encode import Document
+
+ROWS = [[7, 1, 5], [9, 2]]  # documents longer and shorter than the windows of 4; the second row is padded
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def varlen_kernel(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,
+) -> Tensor:
+    """torch.nn.attention.varlen.varlen_attn, softmax by softmax after its documentation: the CPU has no kernel."""
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and cu_seq_q.shape == cu_seq_k.shape
+    assert query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
+    groups, (left, right) = query.shape[1] // key.shape[1], window_size
+    assert right in (0, -1) and enable_gqa == (groups > 1)
+    outputs = []
+    lengths = cu_seq_q.diff().tolist()
+    assert max(lengths) == max_q == max_k
+    for q, k, v in zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True):
+        heads = []
+        for head in range(query.shape[1]):
+            scores = q[:, head] @ k[:, head // groups].T * (scale or 1 / math.sqrt(q.shape[-1]))
+            distance = torch.arange(len(q))[:, None] - torch.arange(len(q))
+            seen = ((distance >= 0) | (right < 0)) & ((distance <= left) | (left < 0))
+            heads.append(scores.masked_fill(~seen, -math.inf).softmax(-1) @ v[:, head // groups])
+        outputs.append(torch.stack(heads, dim=1))
+    return torch.cat(outputs)
+
+
+def varlen_kernel_without_groups(*arguments: Any, scale: Any = None, window_size: Any = (-1, -1)) -> Tensor:
+    """torch 2.11's: as many heads of keys as of queries."""
+    assert arguments[0].shape == arguments[1].shape
+    return varlen_kernel(*arguments, scale=scale, window_size=window_size)
+
+
+KERNELS = {"kernel": varlen_kernel, "kernel of torch 2.11": varlen_kernel_without_groups}
+BACKENDS = ["sdpa", "eager", "by document", *KERNELS]
+# Gemma 2's scores have a softcap, for which sdpa and varlen are refused: test_a_softcap_goes_to_what_has_one.
+PAIRS = [
+    (kind, backend)
+    for kind in KINDS
+    for backend in BACKENDS
+    if kind in ("gpt2-tied", kind.removesuffix("-tied")) and (backend == "eager" or not kind.startswith("gemma2"))
+]
+
+
+def use(backend: str, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sets a model's attention; the kernels are stand-ins, called as on a GPU."""
+    if backend in KERNELS:
+        monkeypatch.setattr(ibft.attention, "varlen_attn", KERNELS[backend])
+        monkeypatch.setattr(ibft.attention, "_KERNEL_TAKES_GROUPS", backend == "kernel")
+        monkeypatch.setattr(ibft.attention, "_by_document", ibft.attention._by_kernel)
+    model.set_attn_implementation(backend if backend in ("sdpa", "eager") else VARLEN)
+
+
+def packed_batch(rows: list[list[int]] = ROWS) -> tuple[list[list[Document]], dict[str, Any]]:
+    torch.manual_seed(1)
+    bins = [
+        [Document(torch.randint(0, VOCABULARY, (size,)).numpy(), [True] * size, row) for size in sizes]  # type: ignore[arg-type]
+        for row, sizes in enumerate(rows)
+    ]
+    return bins, collate(bins, pad_token_id=0, max_length=16, packing="best-fit", lengths=True)
+
+
+def decode(model: PreTrainedModel, batch: dict[str, Any]) -> Tensor:
+    """As the loop calls it: everything that is no argument of IBModel's own reaches the decoder."""
+    names = ("input_ids", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+    return CausalLM.of(model).decode(**{name: batch[name] for name in names})
+
+
+def documents_alone(model: PreTrainedModel, bins: list[list[Document]]) -> list[list[Tensor]]:
+    parts = CausalLM.of(model)
+    return [[parts.decode(input_ids=torch.from_numpy(document.tokens)[None])[0] for document in row] for row in bins]
+
+
+def weighted(hidden: Tensor) -> Tensor:
+    """A loss that every position and dimension takes part in differently."""
+    return (hidden * torch.linspace(-1, 1, hidden.numel(), dtype=hidden.dtype).view_as(hidden).sin()).sum()
+
+
+@pytest.mark.parametrize(("kind", "backend"), PAIRS)
+def test_packed_documents_are_as_alone_logits_and_gradients(
+    kind: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, (bins, batch) = tiny_model(kind), packed_batch()
+    model.set_attn_implementation("eager")
+    alone = documents_alone(model, bins)
+    sum(weighted(hidden) for row in alone for hidden in row).backward()  # type: ignore[union-attr]
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+
+    use(backend, model, monkeypatch)
+    hidden = decode(model, batch)
+    packed = [list(row[: sum(sizes)].split(sizes)) for row, sizes in zip(hidden, ROWS, strict=True)]
+    torch.testing.assert_close(packed, [[h.detach() for h in row] for row in alone], rtol=0, atol=1e-6)
+    head = model.get_output_embeddings()
+    torch.testing.assert_close(head(packed[1][0]), head(alone[1][0]), rtol=0, atol=1e-6)
+    sum(weighted(hidden) for row in packed for hidden in row).backward()  # type: ignore[union-attr]
+    actual = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert len(expected) > 8
+    assert_same_gradients(actual, expected, 1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_a_document_holds_changes_no_other_document(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (_, batch) = tiny_model("llama"), packed_batch()
+    use(backend, model, monkeypatch)
+    before = decode(model, batch)
+    batch["input_ids"][0, 0] += 1  # the first token of the first document, which all after it could see
+    after = decode(model, batch)
+    assert (before != after)[0, :7].all(-1).all()
+    assert torch.equal(before[0, 7:], after[0, 7:]) and torch.equal(before[1], after[1])
+    if backend not in ("sdpa", "eager"):  # the test would see a leak: the row taken for one document
+        leaking = decode(model, {**batch, **document_lengths([13, 13])})
+        assert (leaking != after)[0, 7:].any()
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "by document", "kernel"])
+def test_padding_is_a_document_of_its_own(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (_, batch) = tiny_model("mistral"), packed_batch()
+    use(backend, model, monkeypatch)
+    before = decode(model, batch)
+    batch["input_ids"][1, 11:] = 5
+    after = decode(model, batch)
+    assert torch.equal(before[1, :11], after[1, :11]) and torch.isfinite(after).all()
+
+
+def test_lengths_of_a_batch() -> None:
+    _, batch = packed_batch()
+    assert batch["cu_seq_lens_q"].tolist() == batch["cu_seq_lens_k"].tolist() == [0, 7, 8, 13, 22, 24, 26]
+    assert batch["cu_seq_lens_q"].dtype == torch.int32
+    assert batch["max_length_q"] == batch["max_length_k"] == 9
+    bins, _ = packed_batch([[3], [5]])
+    padded = collate(bins, pad_token_id=0, max_length=16, packing="none", lengths=True)
+    assert padded["cu_seq_lens_q"].tolist() == [0, 3, 5, 10] and "attention_mask" not in padded
+    dummy = collate([], pad_token_id=0, max_length=16, packing="best-fit", lengths=True)
+    assert dummy["cu_seq_lens_q"].tolist() == [0, 1] and dummy["max_length_q"] == 1
+
+
+class _Waits(TorchDispatchMode):
+    """Counts what would stop the host on a GPU: a value of the device that Python asks for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_layer_asks_the_device_for_a_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (_, batch) = tiny_model("mistral"), packed_batch()
+    bounds: list[Tensor] = []
+
+    def opaque(query: Tensor, *arguments: Any, enable_gqa: bool = False, **options: Any) -> Tensor:
+        bounds.extend(arguments[2:4])
+        assert all(isinstance(length, int) for length in arguments[4:6])
+        return query
+
+    def waits(backend: str) -> int:
+        model.set_attn_implementation(backend)
+        with _Waits() as mode:
+            decode(model, batch)
+        return mode.count
+
+    assert waits("sdpa") > 0  # transformers looks at position_ids, once
+    monkeypatch.setattr(ibft.attention, "varlen_attn", opaque)
+    monkeypatch.setattr(ibft.attention, "_by_document", ibft.attention._by_kernel)
+    assert waits(VARLEN) == 0
+    assert len(bounds) == 6 and all(tensor is batch["cu_seq_lens_q"] for tensor in bounds)
+
+
+def test_the_kernel_leaves_a_compiled_layer_in_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (_, batch) = tiny_model("mistral"), packed_batch()
+    monkeypatch.setattr(ibft.attention, "varlen_attn", lambda query, *_, **__: query)
+    monkeypatch.setattr(ibft.attention, "_by_document", ibft.attention._by_kernel)
+    model.set_attn_implementation(VARLEN)
+    expected = decode(model, batch)
+    for layer in CausalLM.of(model).layers:
+        layer.forward = torch.compile(layer.forward, fullgraph=True, backend="eager")  # raises where it would break
+    torch.testing.assert_close(decode(model, batch), expected)
+
+
+def test_runs_with_every_attention_learn_the_same(base_folder: Path, tasks_file: Path, tmp_path: Path) -> None:
+    found = {}
+    for packing in ("best-fit", "none"):
+        for name in ("varlen", "sdpa", "eager"):
+            out = tmp_path / f"{packing}-{name}"
+            command = f"train --base_model {base_folder} --dataset {tasks_file} --output_dir {out} --packing {packing}"
+            small = "--max_length 128 --bottleneck_dim 8 --lora_r 2 --max_steps 3 --lora_dropout 0 --learning_rate 1e-2"
+            assert main(f"{command} {small} --attn_implementation {name} --validation_split 4".split()) == 0
+            assert json.loads((out / "ibft.json").read_text())["attention"] == name
+            records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+            found[packing, name] = [record["loss"] for record in records] + [records[-1]["eval_loss"]]
+        for name in ("sdpa", "eager"):
+            assert found[packing, name] == pytest.approx(found[packing, "varlen"], rel=1e-5)
+    assert found["none", "varlen"][0] != found["best-fit", "varlen"][0]  # other documents share a step
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3"])
+def test_the_real_kernel_is_as_eager(kind: str) -> None:
+    model, (bins, batch) = tiny_model(kind).to(CUDA, torch.bfloat16), packed_batch()
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        alone = [
+            CausalLM.of(model).decode(input_ids=torch.from_numpy(document.tokens)[None].cuda())[0]
+            for row in bins
+            for document in row
+        ]
+        model.set_attn_implementation(VARLEN)
+        hidden = decode(model, {k: v.cuda() if isinstance(v, Tensor) else v for k, v in batch.items()})
+    packed = [part for row, sizes in zip(hidden, ROWS, strict=True) for part in row[: sum(sizes)].split(sizes)]
+    torch.testing.assert_close(packed, alone, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"softcap": 50.0}, "does not know softcap"),
+        ({"s_aux": torch.zeros(2)}, "does not know s_aux"),
+        ({"dropout": 0.1}, "does not know attention dropout"),
+        ({"is_causal": False, "sliding_window": 2}, "does not know a window of attention in both directions"),
+        ({"attention_mask": torch.ones(1, 1, 3, 3)}, "does not know an attention mask"),
+        ({"key": torch.zeros(1, 2, 9, 4)}, "does not know a cache of keys"),
+    ],
+)
+def test_what_it_cannot_compute_is_refused(changes: dict[str, Any], sentence: str) -> None:
+    states = torch.zeros(1, 2, 3, 4)
+    call = {"query": states, "key": states, "value": states, "attention_mask": None, "is_causal": True, **changes}
+    with pytest.raises(InputError, match=sentence):
+        varlen_attention(torch.nn.Identity(), **call)
+
+
+@pytest.mark.parametrize("backend", ["by document", *KERNELS])
+def test_attention_in_both_directions_is_within_documents_too(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An encoder's: `CausalLM.check_causal` must see it as it is, to refuse it."""
+    use(backend, tiny_model("llama"), monkeypatch)
+    query, key, value = (torch.randn(1, 2, 5, 8, dtype=torch.float64) for _ in range(3))
+    lengths = {k: v for k, v in document_lengths([2, 3]).items() if k.endswith("q")}
+    output, _ = varlen_attention(torch.nn.Identity(), query, key, value, None, is_causal=False, **lengths)
+    parts = [
+        F.scaled_dot_product_attention(*(x[:, :, at] for x in (query, key, value))) for at in (slice(2), slice(2, 5))
+    ]
+    torch.testing.assert_close(output, torch.cat(parts, dim=2).transpose(1, 2), rtol=0, atol=1e-12)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which one is taken
+
+LLAMA = LlamaConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2)
+
+
+def select(requested: str = "auto", device: torch.device = CUDA, config: Any = LLAMA, **changes: Any) -> Attention:
+    settings = {"packing": "best-fit", "dtype": torch.float32 if device == CPU else torch.bfloat16, **changes}
+    return select_attention(requested, device=device, base_config=config, **settings)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """`gpu((9, 0), "flash_attention_2")`: a GPU of that compute capability, and flash-attn packages."""
+
+    def pretend(capability: tuple[int, int], *installed: str, softcap: bool = True) -> None:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        monkeypatch.setattr(torch.version, "hip", None)
+        for name, module in ibft.attention.FLASH.items():
+            monkeypatch.setattr(
+                ibft.attention, f"is_flash_attn_{name[-1]}_available", lambda name=name: name in installed
+            )
+            fake: Any = ModuleType(module)
+            fake.flash_attn_varlen_func = (lambda q, softcap=0.0: q) if softcap else (lambda q: q)
+            monkeypatch.setitem(sys.modules, module, fake)
+
+    return pretend
+
+
+def test_the_order_on_a_gpu(gpu: Callable[..., None]) -> None:
+    gpu((9, 0), "flash_attention_3", "flash_attention_2")
+    assert select() == ("flash_attention_3", "installed, and made for this GPU")
+    gpu((8, 0), "flash_attention_3", "flash_attention_2")
+    assert select().implementation == "flash_attention_2"
+    gpu((9, 0), "flash_attention_2")
+    assert select().implementation == "flash_attention_2"
+    gpu((9, 0))
+    assert select().implementation == VARLEN
+    assert "of torch" in select().reason and "flash-attn 2 is not installed" in select().reason
+    assert select(dtype=torch.float32) == (
+        "sdpa",
+        "documents of a packed row kept apart by its mask; varlen: it computes in bfloat16, and the model is float32",
+    )
+    assert select(dtype=torch.float32, packing="none").reason.startswith("one padded document per row; varlen: ")
+    gpu((7, 5))
+    assert select().implementation == "sdpa" and "Ampere" in select().reason
+
+
+def test_the_order_on_a_cpu() -> None:
+    chosen = select(device=CPU)
+    assert chosen == (VARLEN, "document by document") and chosen.label == "varlen" and chosen.takes_lengths
+    compiled = select(device=CPU, compiled=True)
+    assert compiled.implementation == "sdpa" and "--compile" in compiled.reason and not compiled.takes_lengths
+
+
+@pytest.mark.parametrize("requested", ["flash_attention_3", "flash_attention_2", "varlen", "sdpa", "eager"])
+def test_what_was_asked_for_comes_first(requested: str, gpu: Callable[..., None]) -> None:
+    gpu((8, 0), "flash_attention_3", "flash_attention_2")
+    assert select(requested).label == requested and select(requested).reason.startswith("asked for")
+
+
+@pytest.mark.parametrize(
+    ("requested", "settings", "sentence"),
+    [
+        ("flash_attention_2", {"device": CPU}, "needs a CUDA GPU, and this run is on the cpu; varlen would work"),
+        ("flash_attention_2", {}, r"flash-attn 2 is not installed \(pip install .*\); varlen would work here"),
+        ("flash_attention_3", {}, r"flash-attn 3 is not installed \(build it"),
+        ("varlen", {"dtype": torch.float32}, "computes in bfloat16, and the model is float32; sdpa would work here"),
+        ("varlen", {"device": torch.device("mps")}, "needs a CUDA GPU, and this run is on the mps; sdpa would work"),
+        ("varlen", {"config": LlamaConfig(attention_dropout=0.1)}, "no attention dropout, which .* sdpa would work"),
+        ("varlen", {"config": LlamaConfig(head_dim=512)}, "multiple of 8 dimensions up to 256, not 512"),
+        ("varlen", {"config": LlamaConfig(head_dim=4)}, "multiple of 8 dimensions up to 256, not 4"),
+    ],
+)
+def test_a_request_that_cannot_be_served(
+    requested: str, settings: dict[str, Any], sentence: str, gpu: Callable[..., None]
+) -> None:
+    gpu((8, 0))
+    with pytest.raises(InputError, match=f"--attn_implementation {requested}: .*{sentence}"):
+        select(requested, **settings)
+
+
+def test_a_package_built_for_another_torch(gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu((8, 0), "flash_attention_2")
+
+    def broken(name: str) -> None:
+        raise ImportError("undefined symbol: _ZN3c10")
+
+    monkeypatch.setattr(ibft.attention, "importlib", SimpleNamespace(import_module=broken))
+    assert select().implementation == VARLEN and "cannot be imported (undefined symbol" in select().reason
+    with pytest.raises(InputError, match="undefined symbol"):
+        select("flash_attention_2")
+
+
+def test_a_softcap_goes_to_what_has_one(gpu: Callable[..., None]) -> None:
+    gemma = AutoConfig.for_model("gemma2")
+    assert select(device=CPU, config=gemma).implementation == "eager"
+    gpu((8, 0), "flash_attention_2")
+    assert select(config=gemma).implementation == "flash_attention_2"
+    gpu((8, 0), "flash_attention_2", softcap=False)
+    assert select(config=gemma).implementation == "eager"
+    with pytest.raises(InputError, match=r"this flash-attn 2 has no softcap .*; eager would work here"):
+        select("flash_attention_2", config=gemma)
+    for requested in ("varlen", "sdpa"):
+        with pytest.raises(InputError, match=f"{requested}: .*; eager would work here"):
+            select(requested, config=gemma)
+
+
+def test_sinks_and_an_old_torch_are_left_to_others(gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu((9, 0), "flash_attention_2")
+    sinks = AutoConfig.for_model("gpt_oss")
+    assert select(config=sinks).implementation == "eager"  # what else it takes, transformers would download
+    gpu((9, 0))
+    monkeypatch.setattr(ibft.attention, "varlen_attn", lambda query, is_causal=False: query)
+    assert select().implementation == "sdpa" and "varlen_attn has no scale" in select().reason

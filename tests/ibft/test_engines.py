@@ -1,0 +1,317 @@
+"""Every engine takes the steps of one process: gradients, losses, and the adapter that it leaves."""
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import planted
+import pytest
+import torch
+from processes import Training
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ibft.config import TrainConfig
+from ibft.engines.zero_config import zero_config
+from ibft.errors import InputError
+from ibft.lab.tasks import generate_tasks, write_jsonl
+
+HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
+ENGINES = ["ddp", "fsdp2", "zero2", "zero3"]
+ROWS = 9  # with 4 rows a step, the last step has one: every rank but the first is idle
+STEPS = "--packing none --num_train_epochs 1 --logging_steps 1 --save_strategy no"
+SIZES = "--max_length 128 --bottleneck_dim 16 --lora_r 4 --lora_dropout 0 --alpha 1"
+
+
+class Step(dict[str, Tensor]):
+    """The gradients of a step, by parameter name."""
+
+
+@pytest.fixture(scope="module")
+def bases(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The base model with a head of its own, and with one that is the embedding."""
+    tied = tmp_path_factory.mktemp("tied")
+    config = AutoModelForCausalLM.from_pretrained(base_folder).config
+    config.tie_word_embeddings = True
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tied)
+    AutoTokenizer.from_pretrained(base_folder).save_pretrained(tied)
+    return {"untied": base_folder, "tied": tied}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where every run of this file goes, with the data and DeepSpeed's files."""
+    folder = tmp_path_factory.mktemp("engines")
+    write_jsonl(generate_tasks(ROWS, seed=2), folder / "rows.jsonl")
+    for stage in (1, 2, 3):
+        # Else stage 3 would leave parameters as small as these whole in every process.
+        settings = {"stage": stage, **({"stage3_param_persistence_threshold": 0} if stage == 3 else {})}
+        (folder / f"zero{stage}.json").write_text(json.dumps({"zero_optimization": settings}))
+    return folder
+
+
+Train = Callable[..., tuple[list[Step], list[dict[str, Any]], dict[str, Tensor]]]
+
+
+@pytest.fixture(scope="module")
+def train(bases: dict[str, Path], folder: Path) -> Train:
+    """`train("untied", "fsdp2", 2, "--flag value ...")`: every step's gradients and record, and the weights saved.
+
+    The same arguments give what they gave before.
+    """
+    done: dict[tuple[str, str, int, str], Any] = {}
+
+    def train(base: str, engine: str, world_size: int, more: str) -> Any:
+        key = (base, engine, world_size, more)
+        if key not in done:
+            out = folder / f"run-{len(done)}"
+            Training(
+                f"--base_model {bases[base]} --dataset {folder}/rows.jsonl --output_dir {out} {STEPS} {SIZES} "
+                f"{flags(engine, folder)} {more}",
+                folder / f"{out.name}.log",
+                world_size=world_size,
+                before=planted.record_gradients,
+                before_arguments=(f"{out}.pt",),
+            ).succeed()
+            records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+            weights = load_file(out / "adapter_model.safetensors")
+            if (out / "ib_head.safetensors").exists():
+                weights |= load_file(out / "ib_head.safetensors")
+            done[key] = torch.load(f"{out}.pt"), records, weights
+        return done[key]
+
+    return train
+
+
+def flags(engine: str, folder: Path) -> str:
+    """The flags that ask for an engine."""
+    if engine.startswith("zero"):
+        return f"--engine deepspeed --deepspeed_config {folder}/{engine}.json"
+    return f"--engine {engine}" if engine != "one process" else ""
+
+
+def assert_same_run(actual: Any, expected: Any) -> None:
+    """Gradients to 1e-6, which is what issue-sized models need to end alike; losses and weights to what that leaves."""
+    assert len(actual[0]) == len(expected[0]) >= 2
+    for mine, theirs in zip(actual[0], expected[0], strict=True):
+        assert mine.keys() == theirs.keys()
+        for name, gradient in theirs.items():
+            assert (mine[name] - gradient).abs().max() <= 1e-6, name
+    for mine, theirs in zip(actual[1], expected[1], strict=True):
+        for term in ("loss", "ce", "kl", "ce_ib", "grad_norm", "learning_rate"):
+            assert mine[term] == pytest.approx(theirs[term], abs=2e-6), term
+        assert mine["tokens"] == theirs["tokens"]
+    assert actual[2].keys() == expected[2].keys()
+    for name, weight in expected[2].items():
+        torch.testing.assert_close(actual[2][name], weight, rtol=0, atol=1e-5, msg=name)
+
+
+def needs_deepspeed(engine: str) -> None:
+    if engine.startswith("zero") and not HAS_DEEPSPEED:
+        pytest.skip("DeepSpeed is not installed")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(("base", "world_size", "method"), [("untied", 2, "ib"), ("tied", 4, "ib")])
+def test_an_engine_equals_one_process(train: Train, engine: str, base: str, world_size: int, method: str) -> None:
+    """With accumulation on two processes, a ragged last step, and ranks that have no token in it."""
+    needs_deepspeed(engine)
+    rows, accumulation = 1, 4 // world_size
+    dealt = f"--per_device_train_batch_size {rows} --gradient_accumulation_steps {accumulation} --method {method}"
+    expected = train(base, "one process", 1, f"--per_device_train_batch_size 4 --method {method}")
+    assert len(expected[0]) == 3
+    assert_same_run(train(base, engine, world_size, dealt), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", [*ENGINES, "zero1"])
+@pytest.mark.parametrize("base", ["untied", "tied"])
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize(
+    "more",
+    [
+        "--method ib",
+        "--method sft",
+        "--method ib --packing best-fit --kl_tokens labels --target_layer 2 --encoder lora",
+        "--method ib --gradient_checkpointing --validation_split 2 --max_grad_norm 0 --weight_decay 0.1",
+    ],
+)
+def test_every_engine_on_two_and_four_processes(
+    train: Train, engine: str, base: str, world_size: int, more: str
+) -> None:
+    needs_deepspeed(engine)
+    more = f"--num_train_epochs 3 {more}"
+    expected = train(base, "one process", 1, f"--per_device_train_batch_size 8 {more}")
+    dealt = f"--per_device_train_batch_size 1 --gradient_accumulation_steps {8 // world_size} {more}"
+    assert_same_run(train(base, engine, world_size, dealt), expected)
+    for mine, theirs in zip(train(base, engine, world_size, dealt)[1], expected[1], strict=True):
+        assert mine["eval_loss"] == pytest.approx(theirs["eval_loss"], abs=2e-6)
+
+
+# --- what was asked for is what runs
+
+
+@pytest.mark.parametrize(("engine", "share"), [("fsdp2", 0.5), ("zero3", 0.5)])
+def test_the_model_is_spread_over_the_processes(
+    bases: dict[str, Path], folder: Path, tmp_path: Path, engine: str, share: float
+) -> None:
+    """What is frozen, too: else a large model would not fit, and nothing else would tell."""
+    needs_deepspeed(engine)
+    Training(
+        f"--base_model {bases['untied']} --dataset {folder}/rows.jsonl --output_dir {tmp_path / 'out'} --max_steps 1 "
+        f"{SIZES} {flags(engine, folder)}",
+        tmp_path / "log",
+        world_size=2,
+        before=planted.measure_share,
+        before_arguments=(str(tmp_path / "share"),),
+    ).succeed()
+    assert float((tmp_path / "share").read_text()) == pytest.approx(share, abs=0.02)
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+def test_processes_that_build_another_model_are_told(
+    bases: dict[str, Path], folder: Path, tmp_path: Path, engine: str
+) -> None:
+    """Where the weights' file gives a model that its config.json does not: a broadcast would mix up its tensors."""
+    needs_deepspeed(engine)
+    training = Training(
+        f"--base_model {bases['untied']} --dataset {folder}/rows.jsonl --output_dir {tmp_path / 'out'} --max_steps 1 "
+        f"{SIZES} {flags(engine, folder)}",
+        tmp_path / "log",
+        world_size=2,
+        before=planted.another_outline,
+    )
+    assert training.wait() == [2, 2]
+    assert "do not give the model that its config.json describes" in training.output()
+
+
+def test_deepspeeds_published_file(
+    base_folder: Path,
+    tasks_file: Path,
+    tmp_path: Path,
+    published_config: Callable[[str], Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In one process, from the command line as it was: its stage is taken, its batch and precision are overruled."""
+    pytest.importorskip("deepspeed")
+    file = published_config("ds_config.json")
+    Training(
+        f"--base_model {base_folder} --dataset {tasks_file} --output_dir {tmp_path / 'out'} {SIZES} --max_steps 2 "
+        f"--use_deepspeed --deepspeed_config {file}",
+        tmp_path / "log",
+        world_size=1,
+    ).succeed()
+    printed = (tmp_path / "log.0").read_text()
+    assert "ZeRO-3, 1 process (gloo)" in printed
+    assert f"{file}: train_micro_batch_size_per_gpu is 1, set to 2 (by --per_device_train_batch_size" in printed
+    assert f"{file}: gradient_accumulation_steps is 8, set to 1 (by --gradient_accumulation_steps)" in printed
+    assert f"{file}: bf16 is enabled: True, set to enabled: False (by --dtype" in printed
+    assert f"{file}: activation_checkpointing has no effect; --gradient_checkpointing" in printed
+    assert "fp16" not in printed.replace("--dtype; float16", "")
+
+
+def zero(tmp_path: Path, values: dict[str, Any], **options: Any) -> tuple[dict[str, Any], list[str]]:
+    """zero_config of such a file, for a run with these options on four processes."""
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps(values))
+    config = TrainConfig(base_model="m", dataset=["d"], engine="deepspeed", **options)
+    return zero_config(str(file), config, world_size=4)
+
+
+def test_what_the_run_decides_replaces_the_files_values(tmp_path: Path) -> None:
+    settled, notices = zero(
+        tmp_path,
+        {
+            "zero_optimization": {"stage": 2, "reduce_bucket_size": "auto", "overlap_comm": True},
+            "train_batch_size": 24,
+            "train_micro_batch_size_per_gpu": "auto",
+            "gradient_clipping": 0.5,
+            "bf16": {"enabled": "auto"},
+            "fp16": {"enabled": False},
+            "optimizer": {"type": "AdamW"},
+            "wall_clock_breakdown": False,
+        },
+        per_device_train_batch_size=3,
+        gradient_accumulation_steps=2,
+    )
+    assert settled["zero_optimization"] == {"stage": 2, "overlap_comm": True}  # "auto" is DeepSpeed's default
+    assert settled["train_batch_size"] == 24 and settled["gradient_clipping"] == 1.0
+    assert settled["bf16"] == settled["fp16"] == {"enabled": False} and "optimizer" not in settled
+    assert len(notices) == 2
+    assert "gradient_clipping is 0.5, set to 1.0 (by --max_grad_norm)" in notices[0]
+    assert "optimizer has no effect; --learning_rate" in notices[1]
+
+
+@pytest.mark.parametrize(
+    ("values", "options", "sentence"),
+    [
+        ({}, {}, r"zero_optimization.stage is None; accepted are 1, 2 and 3"),
+        ({"zero_optimization": {}}, {}, r"zero_optimization.stage is 0; accepted are 1, 2 and 3.*--engine ddp does"),
+        ({"zero_optimization": {"stage": 4}}, {}, r"stage is 4"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
+            {},
+            r"zero_optimization.offload_optimizer.device is 'nvme', which is not supported; 'cpu' and 'none' are",
+        ),
+        ({"zero_optimization": {"stage": 1}, "curriculum_learning": {"enabled": True}}, {}, r"curriculum_learning is"),
+        ({"zero_optimization": {"stage": 1}, "prescale_gradients": True}, {}, r"prescale_gradients is True, which"),
+        ({"zero_optimization": {"stage": 3}}, {"compile": True}, r"--compile does not go with ZeRO stage 3"),
+    ],
+)
+def test_a_file_that_asks_for_something_else_is_refused(
+    tmp_path: Path, values: dict[str, Any], options: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(InputError, match=sentence):
+        zero(tmp_path, values, **options)
+
+
+def test_settings_that_are_off_are_no_obstacle(tmp_path: Path) -> None:
+    _, notices = zero(
+        tmp_path, {"zero_optimization": {"stage": 1}, "amp": {"enabled": False}, "prescale_gradients": False}
+    )
+    assert notices == []
+
+
+def test_offloaded_to_the_cpu_deepspeed_takes_the_same_steps(train: Train, folder: Path) -> None:
+    """ZeRO-Offload with our own AdamW."""
+    needs_deepspeed("zero")
+    settings = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+    (folder / "offload.json").write_text(json.dumps({"zero_optimization": settings}))
+    expected = train("untied", "one process", 1, "--per_device_train_batch_size 4 --method ib")
+    more = "--per_device_train_batch_size 2 --method ib"
+    mine = train("untied", "zero2", 2, f"{more} --deepspeed_config {folder}/offload.json")
+    assert [record["loss"] for record in mine[1]] == pytest.approx([record["loss"] for record in expected[1]], abs=2e-6)
+    for name, weight in expected[2].items():
+        torch.testing.assert_close(mine[2][name], weight, rtol=0, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(
+    "engine", ["fsdp2", "zero2", *(pytest.param(engine, marks=pytest.mark.slow) for engine in ("ddp", "zero3"))]
+)
+def test_a_step_that_is_not_finite_moves_no_weight(
+    bases: dict[str, Path], folder: Path, tmp_path: Path, engine: str
+) -> None:
+    """On one of the processes alone; both stop, with the sentence of one process."""
+    needs_deepspeed(engine)
+    line = (
+        f"--base_model {bases['untied']} --dataset {folder}/rows.jsonl --max_steps 3 --logging_steps 3 {SIZES} "
+        f"--warmup_ratio 0 --learning_rate 1e-3 {flags(engine, folder)} --output_dir {tmp_path / 'out'}"
+    )
+    training = Training(
+        line,
+        tmp_path / "log",
+        world_size=2,
+        before=planted.spoil_gradient,
+        before_arguments=(1, 2, str(tmp_path / "w")),
+    )
+    assert training.wait() == [1, 1], training.output()
+    assert "step 2 is not finite" in training.output()
+    before, after = torch.load(tmp_path / "w.2"), torch.load(tmp_path / "w.3")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    moved = [weight.abs().max() > 0 for name, weight in before.items() if "lora_B" in name]
+    assert any(moved), "the first step was not taken"

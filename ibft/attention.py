@@ -182,11 +182,13 @@ def varlen_attention(
 ) -> tuple[Tensor, None]:
     """Attention within each document of the flattened rows; [B, T, Hq, D], as transformers wants it back.
 
-    cu_seq_lens_q: int32 [documents + 1], where they begin and end in B*T positions; max_length_q: the longest. There is
-    no entry in AttentionMaskInterface: for an attention that it does not list, transformers makes no mask, nor stops the
-    host to look at position_ids. Hence InputError without the lengths, when documents would see each other, and with a
-    cache, as generation has; likewise for dropout, softcap or sinks, none of which a model that `select_attention` gives
-    this to has. sliding_window counts the token itself. by_kernel: as on a GPU, for tensors without data.
+    cu_seq_lens_q: int32 [documents + 1], where they begin and end in B*T positions; max_length_q: the longest. Without
+    them every row is one document, so padding on the right is harmless, and packed documents are an InputError.
+    sliding_window counts the token itself. by_kernel: as on a GPU, for tensors without data.
+
+    There is no entry in AttentionMaskInterface: for an attention that it does not list, transformers makes no mask, nor
+    stops the host to look at position_ids. Raises InputError for a cache (as generation has), dropout, softcap or sinks,
+    none of which a model that `select_attention` gives this to has.
     """
     rows, num_heads, length, _ = query.shape
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -200,10 +202,14 @@ def varlen_attention(
     if wrong := [name for name, given in unable.items() if given]:
         raise InputError(f"the attention varlen does not know {wrong[0]}; load the model with sdpa or eager.")
     if cu_seq_lens_q is None or max_length_q is None:
-        raise InputError(
-            "the attention varlen needs the lengths of the documents (cu_seq_lens_q, max_length_q, as "
-            "collate(..., lengths=True) gives them); for batches without them load the model with sdpa or eager."
-        )
+        positions = kwargs.get("position_ids")
+        if positions is not None and (positions.diff() < 0).any():  # not in training, which gives the lengths
+            raise InputError(
+                "the attention varlen needs the lengths of packed documents, as collate(..., lengths=True) gives them; "
+                "for batches without them load the model with sdpa or eager."
+            )
+        cu_seq_lens_q = torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=query.device)
+        max_length_q = length
     window = sliding_window if sliding_window is not None and sliding_window < max_length_q else None
     q, k, v = (tensor.transpose(1, 2).reshape(rows * length, *tensor.shape[1::2]) for tensor in (query, key, value))
     attend = _by_document if query.device.type == "cpu" and not by_kernel else _by_kernel

@@ -148,6 +148,15 @@ def test_what_a_document_holds_changes_no_other_document(backend: str, monkeypat
         assert (leaking != after)[0, 7:].any()
 
 
+def test_packed_documents_without_their_lengths_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (_, batch) = tiny_model("llama"), packed_batch()
+    use("by document", model, monkeypatch)
+    parts, ids = CausalLM.of(model), batch["input_ids"]
+    with pytest.raises(InputError, match="needs the lengths of packed documents"):
+        parts.decode(input_ids=ids, position_ids=batch["position_ids"])
+    assert torch.isfinite(parts.decode(input_ids=ids, position_ids=torch.arange(13).expand(2, -1))).all()
+
+
 @pytest.mark.parametrize("backend", ["sdpa", "by document", "kernel"])
 def test_padding_is_a_document_of_its_own(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, (_, batch) = tiny_model("mistral"), packed_batch()

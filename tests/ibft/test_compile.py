@@ -84,11 +84,17 @@ class Waits(TorchDispatchMode):
         self.places: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket.__name__ in SYNCHRONISING:
+        if func.overloadpacket.__name__ in SYNCHRONISING or _is_masked_index(func, args):
             caller = next(frame for frame in _frames() if not frame.f_code.co_filename.startswith((TORCH, __file__)))
             if caller.f_code.co_filename.startswith(OURS):
                 self.places.append(f"{Path(caller.f_code.co_filename).name}:{caller.f_code.co_name}")
         return func(*args, **(kwargs or {}))
+
+
+def _is_masked_index(func: Any, args: Any) -> bool:
+    """x[mask], whose result has as many rows as the mask is true."""
+    indices = args[1] if func is torch.ops.aten.index.Tensor else ()
+    return any(index is not None and index.dtype == torch.bool for index in indices)
 
 
 def _frames() -> Iterator[FrameType]:

@@ -10,7 +10,7 @@ from ibkernels.options import LogitOptions
 from ibkernels.reference import cross_entropy as reference
 from ibkernels.reference.cross_entropy import BottleneckCrossEntropyResult, CrossEntropyResult
 
-_LOGITS_BYTES = 32 * 2**20  # of a block of rows; as the reference's, and the only scratch that grows with V
+_LOGITS_BYTES = 32 * 2**20  # of a block of rows, as the reference's
 
 
 def bottleneck_forward(
@@ -46,12 +46,18 @@ def bottleneck_backward(
     """As `reference.bottleneck_backward`."""
     arguments = _bottleneck_arguments(hidden, weight, lora_b, bias, rng, rows)
     gradients = torch.ops.ibkernels_cpu.bottleneck_backward(
-        _contiguous(grad_z), _contiguous(grad_kl), *arguments, *saved, *logvar_range, kl_mean, *needs
+        None if grad_z is None else grad_z.to(hidden.dtype).contiguous(),
+        _floats(grad_kl),
+        *arguments,
+        *(tensor.contiguous() for tensor in saved),
+        *logvar_range,
+        kl_mean,
+        *needs,
     )
     parameters = (hidden, weight, lora_b, bias)
     return tuple(
-        gradient if parameter is None else gradient.to(parameter.dtype)
-        for gradient, parameter in zip(gradients, parameters, strict=True)
+        gradient.to(parameter.dtype) if needed and parameter is not None else hidden.new_empty(0)
+        for gradient, parameter, needed in zip(gradients, parameters, needs, strict=True)
     )
 
 

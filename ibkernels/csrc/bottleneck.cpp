@@ -20,7 +20,7 @@ namespace {
 
 constexpr int64_t kBlockBytes = 512 * 1024;  // of [mu | logvar], to stay in L2
 constexpr int64_t kChunkRows = 1024;         // rows whose gradients wait in scratch for the weight gradients
-constexpr int64_t kTileRows = 64, kTileColumns = 256;  // of a weight gradient
+constexpr int64_t kTileRows = 128, kTileColumns = 256;  // of a weight gradient
 
 using OptionalTensor = std::optional<at::Tensor>;
 using Tensors4 = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
@@ -42,6 +42,12 @@ struct Problem {
         lora_b(lora_b),
         bias(bias ? bias->const_data_ptr<float>() : nullptr),
         rows(rows ? rows->const_data_ptr<int64_t>() : nullptr) {
+    check("hidden", hidden, {at::kFloat, at::kBFloat16});
+    check("weight", weight, {at::kFloat});
+    if (lora_b) check("lora_b", *lora_b, {at::kFloat});
+    if (bias) check("bias", *bias, {at::kFloat});
+    if (rng) check("rng", *rng, {at::kLong});
+    if (rows) check("rows", *rows, {at::kLong});
     const int64_t width = (lora_b ? *lora_b : weight).size(0) / 2;
     settings.width = width;
     settings.sample = rng.has_value();
@@ -51,9 +57,9 @@ struct Problem {
     settings.logvar_max = static_cast<float>(logvar_max);
     settings.kl_scale = kl_mean ? 1.0f / static_cast<float>(width) : 1.0f;
     settings.element = element_of(hidden);
-    // Small enough for L2, and small enough for every thread of a large machine to get some.
-    const int64_t in_cache = kBlockBytes / (2 * width * static_cast<int64_t>(sizeof(float)));
-    block_rows = std::clamp<int64_t>(std::min(in_cache, ceil_div(num_tokens(), 32)), 16, 512);
+    // Small enough for L2 and to be shared by threads; not so small that packing the weight for each block tells.
+    const int64_t in_cache = kBlockBytes / (2 * std::max<int64_t>(width, 1) * static_cast<int64_t>(sizeof(float)));
+    block_rows = std::clamp<int64_t>(std::min(in_cache, ceil_div(num_tokens(), 16)), 64, 512);
   }
 
   int64_t num_tokens() const { return hidden.size(0); }
@@ -125,7 +131,7 @@ void accumulate(const at::Tensor& grad_weight, const Matrix& left, const Matrix&
   for_each_tile(out.rows, out.columns, kTileRows, kTileColumns,
                 [&](int64_t row, int64_t rows, int64_t column, int64_t columns) {
                   add_transposed_product(out.block(row, rows, column, columns), left.block(0, left.rows, row, rows),
-                                         right.block(0, right.rows, column, columns));
+                                         right.block(0, right.rows, column, columns), 1.0f);
                 });
 }
 
@@ -143,6 +149,10 @@ Tensors4 bottleneck_backward(const OptionalTensor& grad_z, const OptionalTensor&
                              const at::Tensor& saved1, double logvar_min, double logvar_max, bool kl_mean,
                              bool needs_hidden, bool needs_weight, bool needs_lora_b, bool needs_bias) {
   const Problem p(hidden, weight, lora_b, bias, rng, rows, logvar_min, logvar_max, kl_mean);
+  if (grad_z) check("grad_z", *grad_z, {hidden.scalar_type()});
+  if (grad_kl) check("grad_kl", *grad_kl, {at::kFloat});
+  check("saved0", saved0, {hidden.scalar_type()});
+  check("saved1", saved1, {at::kFloat});
   const int64_t num_tokens = p.num_tokens(), width = p.width(), rank = p.rank(), hidden_size = p.hidden_size();
   const at::TensorOptions floats = hidden.options().dtype(at::kFloat);
   const bool bfloat16 = p.settings.element == Element::kBfloat16;

@@ -6,7 +6,6 @@
 // 2 N V D FLOPs for the logits, as many for each gradient. Logits exist for a block of rows at a time, at most
 // `logits_bytes` of them, and become their own gradient in place. A block takes three parallel phases: logits by tiles of
 // words, the softmax by rows, and the two products with its gradient by tiles of what they make.
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <cmath>
@@ -19,10 +18,9 @@
 namespace ibkernels {
 namespace {
 
-constexpr int64_t kWords = 512;       // of a tile of logits, and of a head in bfloat16 that is widened at a time
-constexpr int64_t kInputRows = 64;    // of a tile of the input's gradient,
-constexpr int64_t kInputColumns = 256;
-constexpr int64_t kLeastRows = 16;    // of a block, however wide the vocabulary
+constexpr int64_t kWords = 512;           // of a tile of logits
+constexpr int64_t kLeastRows = 16;        // of a block, however wide the vocabulary
+constexpr int64_t kWidenedFloats = 1 << 18;  // of a head in bfloat16 that a thread has in float32 at a time
 
 using OptionalTensor = std::optional<at::Tensor>;
 
@@ -41,31 +39,39 @@ struct Losses {
 void finish_row(const Options& o, const Kernels& k, float* logits, int64_t vocabulary, float peak, int64_t label, float g,
                 bool gradient, int64_t n, const Losses& out) {
   const bool valid = label != o.ignore_index;
-  float sum = 0.0f, weighted_sum = 0.0f;
-  const float total = k.sum_exp(logits, vocabulary, peak, o.label_smoothing != 0.0f ? &sum : nullptr,
+  double sum = 0.0, weighted_sum = 0.0;
+  const double total = k.sum_exp(logits, vocabulary, peak, o.label_smoothing != 0.0f ? &sum : nullptr,
                                 o.stats ? &weighted_sum : nullptr);
-  const float log_total = std::log(total), lse = log_total + peak;
+  const float log_total = static_cast<float>(std::log(total)), lse = log_total + peak;
   const float target = logits[valid ? label : 0];
-  float loss = log_total + (peak - target);  // not lse - target: a large common offset would cost digits
-  if (o.label_smoothing != 0.0f) loss += o.label_smoothing * (target - sum / static_cast<float>(vocabulary));
+  // Differences to the peak throughout: a large common offset would cost digits.
+  float loss = log_total + (peak - target);
+  if (o.label_smoothing != 0.0f) {
+    loss += o.label_smoothing * ((target - peak) - static_cast<float>(sum / static_cast<double>(vocabulary)));
+  }
   out.losses.mutable_data_ptr<float>()[n] = valid ? g * (loss + o.z_loss * lse * lse) : 0.0f;
   out.lse.mutable_data_ptr<float>()[n] = lse;
-  out.entropy.mutable_data_ptr<float>()[n] = valid && o.stats ? log_total - weighted_sum / total : 0.0f;
+  out.entropy.mutable_data_ptr<float>()[n] = valid && o.stats ? log_total - static_cast<float>(weighted_sum / total) : 0.0f;
   out.correct.mutable_data_ptr<bool>()[n] =
       valid && o.stats && target == peak && std::find(logits, logits + label, peak) == logits + label;
   if (!gradient) return;
   const float uniform = g * o.label_smoothing / static_cast<float>(vocabulary);
-  k.logit_gradient(logits, vocabulary, peak, g * (1.0f + 2.0f * o.z_loss * lse) / total, uniform, o.softcap);
+  k.logit_gradient(logits, vocabulary, peak, g * (1.0f + 2.0f * o.z_loss * lse) / static_cast<float>(total), uniform, o.softcap);
   if (!valid) return;
   const float share = o.softcap == 0.0f ? 0.0f : target / o.softcap;
   logits[label] -= (1.0f - o.label_smoothing) * g * (1.0f - share * share);
+}
+
+// How many words of a bfloat16 head of that width are widened at a time.
+int64_t widened_words(int64_t width) {
+  return std::clamp<int64_t>(kWidenedFloats / std::max<int64_t>(width, 1), 16, kWords);
 }
 
 // out = scale * grads [n, V] weight[:, column..], the columns of `out`; a bfloat16 head is widened by blocks of words.
 void multiply_by_head(const Matrix& out, const Matrix& grads, const at::Tensor& weight, int64_t column, float scale) {
   const int64_t vocabulary = weight.size(0);
   const bool bfloat16 = element_of(weight) == Element::kBfloat16;
-  const int64_t block = bfloat16 ? kWords : vocabulary;
+  const int64_t block = bfloat16 ? widened_words(out.columns) : vocabulary;
   const auto head_scratch = scratch(bfloat16 ? block * out.columns : 0);
   at::Tensor sum = out.tensor();
   for (int64_t word = 0; word < vocabulary; word += block) {
@@ -83,7 +89,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     int64_t logits_bytes) {
   const Options options{ignore_index, static_cast<float>(label_smoothing), static_cast<float>(z_loss),
                         static_cast<float>(softcap.value_or(0.0)), static_cast<float>(logit_scale), stats};
+  check("input", input, {at::kFloat, at::kBFloat16});
+  check("weight", weight, {input.scalar_type()});
+  if (bias) check("bias", *bias, {at::kFloat});
+  check("labels", labels, {at::kLong});
+  if (token_weight) check("token_weight", *token_weight, {at::kFloat});
   const int64_t num_tokens = input.size(0), width = input.size(1), vocabulary = weight.size(0);
+  TORCH_CHECK(vocabulary > 0, "weight has no rows; the vocabulary must have at least one word.");
   const int64_t* const label = labels.const_data_ptr<int64_t>();
   for (int64_t n = 0; n < num_tokens; ++n) {
     TORCH_CHECK_INDEX(label[n] == ignore_index || (label[n] >= 0 && label[n] < vocabulary), "labels[", n, "] is ",
@@ -97,9 +109,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   const Losses out{at::empty({num_tokens}, floats), at::empty({num_tokens}, floats), at::empty({num_tokens}, floats),
                    at::empty({num_tokens}, floats.dtype(at::kBool))};
   const at::Tensor grad_input = at::empty({needs_input ? num_tokens : 0, width}, floats);
-  const at::Tensor grad_weight = at::zeros({needs_weight ? vocabulary : 0, width}, floats);
-  const at::Tensor grad_bias = at::zeros({needs_bias ? vocabulary : 0}, floats);
-  float* const bias_sums = grad_bias.mutable_data_ptr<float>();
+  // Written by the first block of rows, added to by the others.
+  at::Tensor grad_weight = at::empty({needs_weight ? vocabulary : 0, width}, floats);
+  if (num_tokens == 0) grad_weight.zero_();
+  std::vector<double> bias_sums(needs_bias ? vocabulary : 0);
   const Kernels& k = kernels();
 
   // Blocks of equal size, as few as the budget allows.
@@ -117,11 +130,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     const Matrix x = rows_of(input, start, rows, input_scratch.get());
 
     for_shares(tiles, [&](int64_t begin, int64_t end) {
-      const auto head_scratch = scratch(bfloat16 ? kWords * width : 0);
+      const int64_t piece = bfloat16 ? widened_words(width) : kWords;
+      const auto head_scratch = scratch(bfloat16 ? piece * width : 0);
       for (int64_t tile = begin; tile < end; ++tile) {
         const int64_t word = tile * kWords, words = std::min(kWords, vocabulary - word);
         const Matrix block = logits.block(0, rows, word, words);
-        multiply_transposed(block, x, rows_of(weight, word, words, head_scratch.get()));
+        for (int64_t at = 0; at < words; at += piece) {
+          const int64_t count = std::min(piece, words - at);
+          multiply_transposed(block.block(0, rows, at, count), x, rows_of(weight, word + at, count, head_scratch.get()));
+        }
         for (int64_t i = 0; i < rows; ++i) {
           peaks[i * tiles + tile] =
               k.finish_logits(block.data + i * block.stride, shift == nullptr ? nullptr : shift + word, words,
@@ -141,7 +158,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
 
     if (needs_input) {
       const Matrix grads = matrix_of(grad_input).block(start, rows, 0, width);
-      for_each_tile(rows, width, kInputRows, kInputColumns,
+      // Every tile of rows would widen a head in bfloat16 anew. Narrow tiles only where there would be too few.
+      const int64_t tile_rows = bfloat16 ? rows : 64;
+      const int64_t tile_columns = ceil_div(rows, tile_rows) * ceil_div(width, 256) < 8 ? 64 : 256;
+      for_each_tile(rows, width, tile_rows, tile_columns,
                     [&](int64_t row, int64_t num_rows, int64_t column, int64_t columns) {
                       multiply_by_head(grads.block(row, num_rows, column, columns),
                                        logits.block(row, num_rows, 0, vocabulary), weight, column, options.logit_scale);
@@ -153,7 +173,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
           const int64_t word = tile * kWords, words = std::min(kWords, vocabulary - word);
           const Matrix grads = logits.block(0, rows, word, words);
           if (needs_weight) {
-            add_transposed_product(matrix_of(grad_weight).block(word, words, 0, width), grads, x, options.logit_scale);
+            add_transposed_product(matrix_of(grad_weight).block(word, words, 0, width), grads, x, start == 0 ? 0.0f : 1.0f,
+                                   options.logit_scale);
           }
           for (int64_t i = 0; needs_bias && i < rows; ++i) {
             for (int64_t v = 0; v < words; ++v) bias_sums[word + v] += grads.data[i * grads.stride + v];
@@ -162,6 +183,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
       });
     }
   }
+  const at::Tensor grad_bias = at::empty({static_cast<int64_t>(bias_sums.size())}, floats);
+  std::copy(bias_sums.begin(), bias_sums.end(), grad_bias.mutable_data_ptr<float>());
   return {out.losses, out.lse, out.entropy, out.correct, grad_input, grad_weight, grad_bias};
 }
 

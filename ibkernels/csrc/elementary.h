@@ -13,11 +13,14 @@
 #define IBKERNELS_ISA baseline
 #endif
 
+// A loop vectorises only where nothing in it is called.
+#define IBKERNELS_INLINE [[gnu::always_inline]] inline
+
 namespace ibkernels {
 inline namespace IBKERNELS_ISA {
 
-// e^x: NaN for NaN, 0 below the normal numbers (and for -inf), at most e^88.37 = 2.4e38.
-inline float exp_(float x) {
+// e^x: NaN for NaN, 0 below the normal numbers, infinity above e^88.37 = 2.4e38.
+IBKERNELS_INLINE float exp_(float x) {
   constexpr float kLowest = -87.336544f, kHighest = 88.37f;
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
   const float clamped = x > kHighest ? kHighest : (x < kLowest ? kLowest : x);
@@ -34,11 +37,11 @@ inline float exp_(float x) {
   p = p * r * r + r + 1.0f;
   const uint32_t power = (__builtin_bit_cast(uint32_t, shifted) + 127u) << 23;
   const float result = p * __builtin_bit_cast(float, power);
-  return x < kLowest ? 0.0f : result;
+  return x > kHighest ? __builtin_inff() : (x < kLowest ? 0.0f : result);
 }
 
 // ln x of a positive normal number.
-inline float log_(float x) {
+IBKERNELS_INLINE float log_(float x) {
   // x = m 2^e with m in [sqrt(1/2), sqrt(2))
   const uint32_t bits = __builtin_bit_cast(uint32_t, x) - 0x3f3504f3u;
   const float e = static_cast<float>(static_cast<int32_t>(bits) >> 23);
@@ -61,7 +64,7 @@ inline float log_(float x) {
 }
 
 // sin x and cos x for |x| <= pi / 4.
-inline float sin_(float x) {
+IBKERNELS_INLINE float sin_(float x) {
   const float square = x * x;
   float p = -1.9515295891e-4f;
   p = p * square + 8.3321608736e-3f;
@@ -69,7 +72,7 @@ inline float sin_(float x) {
   return p * square * x + x;
 }
 
-inline float cos_(float x) {
+IBKERNELS_INLINE float cos_(float x) {
   const float square = x * x;
   float p = 2.443315711809948e-5f;
   p = p * square - 1.388731625493765e-3f;
@@ -77,7 +80,7 @@ inline float cos_(float x) {
   return p * square * square - 0.5f * square + 1.0f;
 }
 
-inline float tanh_(float x) {
+IBKERNELS_INLINE float tanh_(float x) {
   const float square = x * x;
   float p = -5.70498872745e-3f;
   p = p * square + 2.06390887954e-2f;

@@ -93,9 +93,9 @@ void sample_backward_as(const Bottleneck& b, uint32_t row, const float* mu, cons
     const float logvar = clamp(raw_logvar[i], b.logvar_min, b.logvar_max);
     const float std = exp_(0.5f * logvar);
     const float through_std = sampled ? upstream * std * noise[i] : 0.0f;
-    const bool inside = raw_logvar[i] >= b.logvar_min && raw_logvar[i] <= b.logvar_max;
+    const bool outside = raw_logvar[i] < b.logvar_min || raw_logvar[i] > b.logvar_max;  // not so for NaN, which stays
     grad[i] = upstream + kl * mu[i];
-    grad[width + i] = inside ? 0.5f * (through_std + kl * (std * std - 1.0f)) : 0.0f;
+    grad[width + i] = outside ? 0.0f : 0.5f * (through_std + kl * (std * std - 1.0f));
   }
 }
 
@@ -124,26 +124,36 @@ float finish_logits(float* logits, const float* bias, int64_t size, float scale,
   return peak;
 }
 
-float sum_exp(const float* logits, int64_t size, float peak, float* sum, float* weighted_sum) {
-  float total = 0.0f;
-#pragma omp simd reduction(+ : total)
-  for (int64_t i = 0; i < size; ++i) total += exp_(logits[i] - peak);
-  if (sum != nullptr) {
-    float plain = 0.0f;
+// Sums of float32 over this many words, sums of those in double: over a whole vocabulary float32 would lose digits.
+constexpr int64_t kSegment = 512;
+
+double sum_exp(const float* logits, int64_t size, float peak, double* sum, double* weighted_sum) {
+  double total = 0.0, plain_total = 0.0, weighted_total = 0.0;
+  for (int64_t first = 0; first < size; first += kSegment) {
+    const int64_t end = size - first < kSegment ? size : first + kSegment;
+    float exponentials = 0.0f;
+#pragma omp simd reduction(+ : exponentials)
+    for (int64_t i = first; i < end; ++i) exponentials += exp_(logits[i] - peak);
+    total += exponentials;
+    if (sum != nullptr) {
+      float plain = 0.0f;
 #pragma omp simd reduction(+ : plain)
-    for (int64_t i = 0; i < size; ++i) plain += logits[i];
-    *sum = plain;
-  }
-  if (weighted_sum != nullptr) {
-    float weighted = 0.0f;
-#pragma omp simd reduction(+ : weighted)
-    for (int64_t i = 0; i < size; ++i) {
-      const float shifted = logits[i] - peak;
-      const float probability = exp_(shifted);
-      weighted += probability == 0.0f ? 0.0f : shifted * probability;  // 0 log 0 = 0, also for a logit of -inf
+      for (int64_t i = first; i < end; ++i) plain += logits[i] - peak;
+      plain_total += plain;
     }
-    *weighted_sum = weighted;
+    if (weighted_sum != nullptr) {
+      float weighted = 0.0f;
+#pragma omp simd reduction(+ : weighted)
+      for (int64_t i = first; i < end; ++i) {
+        const float shifted = logits[i] - peak;
+        const float probability = exp_(shifted);
+        weighted += probability == 0.0f ? 0.0f : shifted * probability;  // 0 log 0 = 0, also for a logit of -inf
+      }
+      weighted_total += weighted;
+    }
   }
+  if (sum != nullptr) *sum = plain_total;
+  if (weighted_sum != nullptr) *weighted_sum = weighted_total;
   return total;
 }
 
@@ -153,10 +163,9 @@ void logit_gradient(float* logits, int64_t size, float peak, float softmax_scale
     for (int64_t i = 0; i < size; ++i) logits[i] = softmax_scale * exp_(logits[i] - peak) - uniform;
     return;
   }
-  const float inverse = 1.0f / softcap;
 #pragma omp simd
   for (int64_t i = 0; i < size; ++i) {
-    const float share = logits[i] * inverse;
+    const float share = logits[i] / softcap;
     logits[i] = (softmax_scale * exp_(logits[i] - peak) - uniform) * (1.0f - share * share);
   }
 }

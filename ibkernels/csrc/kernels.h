@@ -37,8 +37,8 @@ struct Kernels {
   // In place: logit = softcap(scale * logit + bias); bias may be null, softcap is 0 for none. Returns the largest.
   float (*finish_logits)(float* logits, const float* bias, int64_t size, float scale, float softcap);
 
-  // Sums over a row of logits: exp(logit - peak) and, where not null, the logits and (logit - peak) exp(logit - peak).
-  float (*sum_exp)(const float* logits, int64_t size, float peak, float* sum, float* weighted_sum);
+  // Sums over a row of logits, with d = logit - peak: exp(d) and, where not null, d and d exp(d).
+  double (*sum_exp)(const float* logits, int64_t size, float peak, double* sum, double* weighted_sum);
 
   // In place: (softmax_scale * exp(logit - peak) - uniform) * slope of the softcap at the logit.
   void (*logit_gradient)(float* logits, int64_t size, float peak, float softmax_scale, float uniform, float softcap);

@@ -11,6 +11,7 @@
 #include <ATen/ops/mm_cpu_dispatch.h>
 
 #include <algorithm>
+#include <initializer_list>
 #include <memory>
 #include <new>
 
@@ -37,7 +38,7 @@ inline Matrix matrix_of(const at::Tensor& tensor) {
   return {static_cast<float*>(tensor.data_ptr()), tensor.size(0), tensor.size(1), tensor.stride(0)};
 }
 
-// out = a b, out = a b^T; out += scale * a^T b.
+// out = a b; out = a b^T; out = beta * out + scale * a^T b, where a beta of 0 never reads `out`.
 inline void multiply(const Matrix& out, const Matrix& a, const Matrix& b) {
   at::Tensor result = out.tensor();
   at::cpu::mm_out(result, a.tensor(), b.tensor());
@@ -46,9 +47,9 @@ inline void multiply_transposed(const Matrix& out, const Matrix& a, const Matrix
   at::Tensor result = out.tensor();
   at::cpu::mm_out(result, a.tensor(), b.tensor().t());
 }
-inline void add_transposed_product(const Matrix& out, const Matrix& a, const Matrix& b, float scale = 1.0f) {
+inline void add_transposed_product(const Matrix& out, const Matrix& a, const Matrix& b, float beta, float scale = 1.0f) {
   at::Tensor result = out.tensor();
-  at::cpu::addmm_out(result, result, a.tensor().t(), b.tensor(), 1.0, scale);
+  at::cpu::addmm_out(result, result, a.tensor().t(), b.tensor(), beta, scale);
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -71,6 +72,13 @@ void for_each_tile(int64_t rows, int64_t columns, int64_t tile_rows, int64_t til
       visit(row, std::min(tile_rows, rows - row), column, std::min(tile_columns, columns - column));
     }
   });
+}
+
+// What native.py sees to: a mistake here would read wrong numbers.
+inline void check(const char* name, const at::Tensor& tensor, std::initializer_list<at::ScalarType> dtypes) {
+  TORCH_CHECK(tensor.is_contiguous() && std::find(dtypes.begin(), dtypes.end(), tensor.scalar_type()) != dtypes.end(),
+              name, " is ", tensor.scalar_type(), " of strides ", tensor.strides(),
+              "; it must be contiguous, and of the dtype that the op's file gives.");
 }
 
 inline Element element_of(const at::Tensor& tensor) {

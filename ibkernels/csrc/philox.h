@@ -24,7 +24,7 @@ struct Normals {
 // Ten rounds of Philox-4x32 on `counter`; the words of the Random123 library for the same counter and key. A template over
 // the rounds, and not a loop, leaves straight code that vectorises over calls.
 template <int rounds = 10>
-inline Words philox4x32(Words counter, uint32_t key0, uint32_t key1) {
+IBKERNELS_INLINE Words philox4x32(Words counter, uint32_t key0, uint32_t key1) {
   const uint64_t product0 = uint64_t{0xD2511F53} * counter.lane[0];
   const uint64_t product1 = uint64_t{0xCD9E8D57} * counter.lane[2];
   const Words next{{static_cast<uint32_t>(product1 >> 32) ^ counter.lane[1] ^ key0, static_cast<uint32_t>(product1),
@@ -45,7 +45,7 @@ class Stream {
         offset_low_(static_cast<uint32_t>(offset)),
         offset_high_(static_cast<uint32_t>(offset >> 32) ^ kTag) {}
 
-  Words call(uint32_t row, uint32_t group) const {
+  IBKERNELS_INLINE Words call(uint32_t row, uint32_t group) const {
     return philox4x32({{group, row, offset_low_, offset_high_}}, key0_, key1_);
   }
 
@@ -69,11 +69,11 @@ constexpr uint64_t first_column_of(uint32_t group) { return (uint64_t{group >> 2
 inline constexpr int kLaneColumn[4] = {0, 1, 8, 9};
 
 // A uniform in (0, 1): an odd multiple of 2^-24, hence exact in float32 and never 0 or 1.
-inline float uniform(uint32_t word) { return static_cast<float>(static_cast<int32_t>((word >> 8) | 1)) * 0x1p-24f; }
+IBKERNELS_INLINE float uniform(uint32_t word) { return static_cast<float>(static_cast<int32_t>((word >> 8) | 1)) * 0x1p-24f; }
 
 // radius (cos, sin) of 2 pi uniform(word). The quarter turn is split off on integers, exactly, so that sin and cos only
 // see angles within pi/4 and the float32 error stays at rounding level.
-inline void point(float radius, uint32_t word, float& x, float& y) {
+IBKERNELS_INLINE void point(float radius, uint32_t word, float& x, float& y) {
   constexpr float kRadiansPerStep = 0x1.921fb6p-22f;  // 2 pi / 2^24
   const int32_t steps = static_cast<int32_t>((word >> 8) | 1);
   const int32_t quarter = (steps + (1 << 21)) >> 22;  // nearest, 0..4
@@ -86,7 +86,7 @@ inline void point(float radius, uint32_t word, float& x, float& y) {
 }
 
 // Box-Muller: words 0, 1 give normals 0, 1 and words 2, 3 give normals 2, 3. |normal| <= 5.77.
-inline Normals normals(const Words& words) {
+IBKERNELS_INLINE Normals normals(const Words& words) {
   Normals out;
   point(::sqrtf(-2.0f * log_(uniform(words.lane[0]))), words.lane[1], out.lane[0], out.lane[1]);
   point(::sqrtf(-2.0f * log_(uniform(words.lane[2]))), words.lane[3], out.lane[2], out.lane[3]);

@@ -97,6 +97,60 @@ def test_blocks_of_logits_keep_to_their_budget(monkeypatch):
         torch.testing.assert_close(tensor, whole[name], rtol=1e-4, atol=1e-6)
 
 
+def test_a_large_vocabulary_and_a_common_offset_cost_no_digits():
+    """Float32 sums over a whole vocabulary would: losses off by 1e-5 with flat logits, 1e-3 with logits about 1000."""
+    generator = torch.Generator().manual_seed(0)
+    input, weight = torch.randn(8, 4, generator=generator), 1e-3 * torch.randn(150_000, 4, generator=generator)
+    labels = torch.randint(150_000, (8,), generator=generator)
+    for offset in (0.0, 1000.1):
+        options = {"bias": torch.full((150_000,), offset), "label_smoothing": 0.1, "reduction": "none"}
+        loss = ibkernels.linear_cross_entropy(input, weight, labels, backend="cpp", **options)
+        exact = torch.nn.functional.cross_entropy(input.double() @ weight.double().T, labels, label_smoothing=0.1,
+                                                  reduction="none")  # fmt: skip
+        # A logit of 1000.1 has itself only seven digits.
+        torch.testing.assert_close(loss.double(), exact, rtol=2e-7, atol=0 if offset == 0 else 1000.1 * 2**-23)
+
+
+def test_the_biases_gradient_sums_many_rows_exactly():
+    input, weight = torch.zeros(60_000, 1), torch.zeros(3, 1)
+    bias = torch.tensor([0.1, 0.2, 0.3], requires_grad=True)
+    ibkernels.linear_cross_entropy(input, weight, torch.zeros(60_000, dtype=torch.int64), bias=bias, reduction="sum",
+                                   backend="cpp").backward()  # fmt: skip
+    exact = 60_000 * (bias.detach().double().softmax(0) - torch.tensor([1.0, 0.0, 0.0]))
+    torch.testing.assert_close(bias.grad.double(), exact, rtol=2e-7, atol=0)
+
+
+def test_nan_reaches_the_gradients():
+    """So that a check of the gradients' finiteness sees it."""
+    hidden, weight = torch.ones(2, 3), torch.ones(4, 3)
+    bias = torch.tensor([0.0, 0.0, float("nan"), 0.0], requires_grad=True)
+    z, kl = ibkernels.variational_bottleneck(hidden, weight, bias, RNG, backend="cpp")
+    (z.sum() + kl.sum()).backward()
+    assert bias.grad.isnan().tolist() == [False, False, True, False]
+
+
+def test_saved_tensors_may_come_back_with_other_strides():
+    def run(unpack: Any) -> tuple[Tensor, ...]:
+        generator = torch.Generator().manual_seed(0)
+        hidden, weight = (torch.randn(size, generator=generator).requires_grad_() for size in ((7, 6), (10, 6)))
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, unpack):
+            z, kl = ibkernels.variational_bottleneck(hidden, weight, None, RNG, backend="cpp")
+            return torch.autograd.grad(z.sum() + kl.sum(), (hidden, weight))
+
+    columns_first = run(lambda tensor: tensor.t().contiguous().t() if tensor.dim() == 2 else tensor)
+    assert all(map(torch.equal, columns_first, run(lambda tensor: tensor)))
+
+
+@pytest.mark.parametrize("needs", [[True, False, False, True], [False, True, False, False], [True, True, False, True]])
+def test_opcheck_of_backward_with_some_gradients(needs):
+    z, kl, mu, raw = torch.ops.ibkernels.variational_bottleneck(
+        torch.randn(5, 8), torch.randn(6, 8), None, torch.randn(6), RNG, None, -4.0, 4.0, True, True, "cpp"
+    )
+    arguments = (z, kl, torch.randn(5, 8), torch.randn(6, 8), None, torch.randn(6), RNG, None, mu, raw)
+    op = torch.ops.ibkernels.variational_bottleneck_backward.default
+    torch.library.opcheck(op, (*arguments, -4.0, 4.0, True, needs, "cpp"))
+
+
 # ---- instruction sets ------------------------------------------------------------------------------------------------
 
 # Prints the instruction set, then the largest error of any output or gradient against the reference in float64.

@@ -53,6 +53,7 @@ void elementary_functions_equal_double_precision() {
     EXPECT(close(tanh_(f), std::tanh(static_cast<double>(f)), 3 * kEpsilon));
   }
   EXPECT(exp_(-kInfinity) == 0.0f && exp_(-1000.0f) == 0.0f && exp_(0.0f) == 1.0f);
+  EXPECT(exp_(kInfinity) == kInfinity && exp_(100.0f) == kInfinity);
   EXPECT(std::isnan(exp_(kNaN)) && std::isnan(tanh_(kNaN)));
   EXPECT(tanh_(kInfinity) == 1.0f && tanh_(-kInfinity) == -1.0f);
 }
@@ -102,14 +103,14 @@ void softmax_equals_the_formulas(const Kernels& k) {
     for (int64_t i = 0; i < size; ++i) expected[i] = 5.0 * std::tanh((0.5 * logits[i] + bias[i]) / 5.0);
     const float peak = k.finish_logits(logits.data(), bias.data(), size, 0.5f, 5.0f);
     EXPECT(peak == *std::max_element(logits.begin(), logits.end()));
-    double total = 0.0, sum = 0.0, weighted = 0.0;
+    double total = 0.0, sum = 0.0, weighted = 0.0;  // of d, d = logit - peak
     for (int64_t i = 0; i < size; ++i) {
       EXPECT(close(logits[i], expected[i], 4 * kEpsilon, 1e-6));
       total += std::exp(static_cast<double>(logits[i]) - peak);
-      sum += logits[i];
+      sum += static_cast<double>(logits[i]) - peak;
       weighted += (static_cast<double>(logits[i]) - peak) * std::exp(static_cast<double>(logits[i]) - peak);
     }
-    float plain = kNaN, product = kNaN;
+    double plain = kNaN, product = kNaN;
     EXPECT(close(k.sum_exp(logits.data(), size, peak, &plain, &product), total, 1e-5));
     EXPECT(close(plain, sum, 1e-5, 1e-3) && close(product, weighted, 1e-5, 1e-5));
     std::vector<float> grad = logits;
@@ -123,8 +124,8 @@ void softmax_equals_the_formulas(const Kernels& k) {
 
 void impossible_words_weigh_nothing(const Kernels& k) {
   const std::vector<float> logits{0.0f, -kInfinity, 1.0f};
-  float sum, weighted;
-  const float total = k.sum_exp(logits.data(), 3, 1.0f, &sum, &weighted);
+  double sum, weighted;
+  const double total = k.sum_exp(logits.data(), 3, 1.0f, &sum, &weighted);
   EXPECT(close(total, 1 + std::exp(-1.0), 1e-6) && close(weighted, -std::exp(-1.0), 1e-6));
   const std::vector<float> broken{0.0f, kNaN, 1.0f};
   EXPECT(std::isnan(k.sum_exp(broken.data(), 3, 1.0f, nullptr, nullptr)));

@@ -187,8 +187,8 @@ def varlen_attention(
     sliding_window counts the token itself. by_kernel: as on a GPU, for tensors without data.
 
     There is no entry in AttentionMaskInterface: for an attention that it does not list, transformers makes no mask, nor
-    stops the host to look at position_ids. Raises InputError for a cache (as generation has), dropout, softcap or sinks,
-    none of which a model that `select_attention` gives this to has.
+    stops the host to look at position_ids. Raises InputError for a cache (as generation has), dropout, softcap or
+    sinks, none of which a model that `select_attention` gives this to has.
     """
     rows, num_heads, length, _ = query.shape
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal

@@ -40,10 +40,12 @@ void finish_row(const Options& o, const Kernels& k, float* logits, int64_t vocab
                 bool gradient, int64_t n, const Losses& out) {
   const bool valid = label != o.ignore_index;
   double sum = 0.0, weighted_sum = 0.0;
-  const double total = k.sum_exp(logits, vocabulary, peak, o.label_smoothing != 0.0f ? &sum : nullptr,
-                                o.stats ? &weighted_sum : nullptr);
-  const float log_total = static_cast<float>(std::log(total)), lse = log_total + peak;
+  const bool keep = gradient && o.softcap == 0.0f;
   const float target = logits[valid ? label : 0];
+  const bool correct = valid && o.stats && target == peak && std::find(logits, logits + label, peak) == logits + label;
+  const double total = k.sum_exp(logits, vocabulary, peak, o.label_smoothing != 0.0f ? &sum : nullptr,
+                                 o.stats ? &weighted_sum : nullptr, keep);
+  const float log_total = static_cast<float>(std::log(total)), lse = log_total + peak;
   // Differences to the peak throughout: a large common offset would cost digits.
   float loss = log_total + (peak - target);
   if (o.label_smoothing != 0.0f) {
@@ -52,11 +54,15 @@ void finish_row(const Options& o, const Kernels& k, float* logits, int64_t vocab
   out.losses.mutable_data_ptr<float>()[n] = valid ? g * (loss + o.z_loss * lse * lse) : 0.0f;
   out.lse.mutable_data_ptr<float>()[n] = lse;
   out.entropy.mutable_data_ptr<float>()[n] = valid && o.stats ? log_total - static_cast<float>(weighted_sum / total) : 0.0f;
-  out.correct.mutable_data_ptr<bool>()[n] =
-      valid && o.stats && target == peak && std::find(logits, logits + label, peak) == logits + label;
+  out.correct.mutable_data_ptr<bool>()[n] = correct;
   if (!gradient) return;
   const float uniform = g * o.label_smoothing / static_cast<float>(vocabulary);
-  k.logit_gradient(logits, vocabulary, peak, g * (1.0f + 2.0f * o.z_loss * lse) / static_cast<float>(total), uniform, o.softcap);
+  const float softmax_scale = g * (1.0f + 2.0f * o.z_loss * lse) / static_cast<float>(total);
+  if (keep) {
+    k.gradient_of_kept(logits, vocabulary, softmax_scale, uniform);
+  } else {
+    k.gradient_under_softcap(logits, vocabulary, peak, softmax_scale, uniform, o.softcap);
+  }
   if (!valid) return;
   const float share = o.softcap == 0.0f ? 0.0f : target / o.softcap;
   logits[label] -= (1.0f - o.label_smoothing) * g * (1.0f - share * share);

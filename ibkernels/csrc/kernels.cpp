@@ -127,14 +127,10 @@ float finish_logits(float* logits, const float* bias, int64_t size, float scale,
 // Sums of float32 over this many words, sums of those in double: over a whole vocabulary float32 would lose digits.
 constexpr int64_t kSegment = 512;
 
-double sum_exp(const float* logits, int64_t size, float peak, double* sum, double* weighted_sum) {
+double sum_exp(float* logits, int64_t size, float peak, double* sum, double* weighted_sum, bool keep) {
   double total = 0.0, plain_total = 0.0, weighted_total = 0.0;
   for (int64_t first = 0; first < size; first += kSegment) {
     const int64_t end = size - first < kSegment ? size : first + kSegment;
-    float exponentials = 0.0f;
-#pragma omp simd reduction(+ : exponentials)
-    for (int64_t i = first; i < end; ++i) exponentials += exp_(logits[i] - peak);
-    total += exponentials;
     if (sum != nullptr) {
       float plain = 0.0f;
 #pragma omp simd reduction(+ : plain)
@@ -151,18 +147,30 @@ double sum_exp(const float* logits, int64_t size, float peak, double* sum, doubl
       }
       weighted_total += weighted;
     }
+    float exponentials = 0.0f;
+    if (keep) {
+#pragma omp simd reduction(+ : exponentials)
+      for (int64_t i = first; i < end; ++i) {
+        logits[i] = exp_(logits[i] - peak);
+        exponentials += logits[i];
+      }
+    } else {
+#pragma omp simd reduction(+ : exponentials)
+      for (int64_t i = first; i < end; ++i) exponentials += exp_(logits[i] - peak);
+    }
+    total += exponentials;
   }
   if (sum != nullptr) *sum = plain_total;
   if (weighted_sum != nullptr) *weighted_sum = weighted_total;
   return total;
 }
 
-void logit_gradient(float* logits, int64_t size, float peak, float softmax_scale, float uniform, float softcap) {
-  if (softcap == 0.0f) {
+void gradient_of_kept(float* exponentials, int64_t size, float softmax_scale, float uniform) {
 #pragma omp simd
-    for (int64_t i = 0; i < size; ++i) logits[i] = softmax_scale * exp_(logits[i] - peak) - uniform;
-    return;
-  }
+  for (int64_t i = 0; i < size; ++i) exponentials[i] = softmax_scale * exponentials[i] - uniform;
+}
+
+void gradient_under_softcap(float* logits, int64_t size, float peak, float softmax_scale, float uniform, float softcap) {
 #pragma omp simd
   for (int64_t i = 0; i < size; ++i) {
     const float share = logits[i] / softcap;
@@ -189,7 +197,15 @@ void narrow(const float* values, int64_t size, void* bfloat16) {
 }  // namespace IBKERNELS_ISA
 
 extern const Kernels IBKERNELS_KERNELS;
-const Kernels IBKERNELS_KERNELS = {IBKERNELS_NAME(IBKERNELS_ISA), fill_normals, sample,  sample_backward, finish_logits,
-                                   sum_exp, logit_gradient, widen, narrow};
+const Kernels IBKERNELS_KERNELS = {IBKERNELS_NAME(IBKERNELS_ISA),
+                                   fill_normals,
+                                   sample,
+                                   sample_backward,
+                                   finish_logits,
+                                   sum_exp,
+                                   gradient_of_kept,
+                                   gradient_under_softcap,
+                                   widen,
+                                   narrow};
 
 }  // namespace ibkernels

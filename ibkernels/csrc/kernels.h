@@ -37,11 +37,15 @@ struct Kernels {
   // In place: logit = softcap(scale * logit + bias); bias may be null, softcap is 0 for none. Returns the largest.
   float (*finish_logits)(float* logits, const float* bias, int64_t size, float scale, float softcap);
 
-  // Sums over a row of logits, with d = logit - peak: exp(d) and, where not null, d and d exp(d).
-  double (*sum_exp)(const float* logits, int64_t size, float peak, double* sum, double* weighted_sum);
+  // Sums over a row of logits, with d = logit - peak: exp(d) and, where not null, d and d exp(d). With `keep` the logits
+  // become exp(d).
+  double (*sum_exp)(float* logits, int64_t size, float peak, double* sum, double* weighted_sum, bool keep);
 
-  // In place: (softmax_scale * exp(logit - peak) - uniform) * slope of the softcap at the logit.
-  void (*logit_gradient)(float* logits, int64_t size, float peak, float softmax_scale, float uniform, float softcap);
+  // In place, of exponentials kept: softmax_scale * exp(d) - uniform. And of logits under a softcap, whose slope is
+  // wanted too: (softmax_scale * exp(d) - uniform) * slope.
+  void (*gradient_of_kept)(float* exponentials, int64_t size, float softmax_scale, float uniform);
+  void (*gradient_under_softcap)(float* logits, int64_t size, float peak, float softmax_scale, float uniform,
+                                 float softcap);
 
   void (*widen)(const void* bfloat16, int64_t size, float* out);
   void (*narrow)(const float* values, int64_t size, void* bfloat16);

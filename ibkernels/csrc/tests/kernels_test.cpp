@@ -111,24 +111,28 @@ void softmax_equals_the_formulas(const Kernels& k) {
       weighted += (static_cast<double>(logits[i]) - peak) * std::exp(static_cast<double>(logits[i]) - peak);
     }
     double plain = kNaN, product = kNaN;
-    EXPECT(close(k.sum_exp(logits.data(), size, peak, &plain, &product), total, 1e-5));
+    EXPECT(close(k.sum_exp(logits.data(), size, peak, &plain, &product, false), total, 1e-5));
     EXPECT(close(plain, sum, 1e-5, 1e-3) && close(product, weighted, 1e-5, 1e-5));
-    std::vector<float> grad = logits;
-    k.logit_gradient(grad.data(), size, peak, 0.3f, 0.01f, 5.0f);
+    std::vector<float> grad = logits, kept = logits;
+    k.gradient_under_softcap(grad.data(), size, peak, 0.3f, 0.01f, 5.0f);
+    EXPECT(close(k.sum_exp(kept.data(), size, peak, nullptr, nullptr, true), total, 1e-5));
+    k.gradient_of_kept(kept.data(), size, 0.3f, 0.01f);
     for (int64_t i = 0; i < size; ++i) {
       const double slope = 1 - std::pow(logits[i] / 5.0, 2);
-      EXPECT(close(grad[i], (0.3 * std::exp(static_cast<double>(logits[i]) - peak) - 0.01) * slope, 1e-5, 1e-6));
+      const double expected_gradient = 0.3 * std::exp(static_cast<double>(logits[i]) - peak) - 0.01;
+      EXPECT(close(grad[i], expected_gradient * slope, 1e-5, 1e-6));
+      EXPECT(close(kept[i], expected_gradient, 1e-5, 1e-6));
     }
   }
 }
 
 void impossible_words_weigh_nothing(const Kernels& k) {
-  const std::vector<float> logits{0.0f, -kInfinity, 1.0f};
+  std::vector<float> logits{0.0f, -kInfinity, 1.0f};
   double sum, weighted;
-  const double total = k.sum_exp(logits.data(), 3, 1.0f, &sum, &weighted);
+  const double total = k.sum_exp(logits.data(), 3, 1.0f, &sum, &weighted, false);
   EXPECT(close(total, 1 + std::exp(-1.0), 1e-6) && close(weighted, -std::exp(-1.0), 1e-6));
-  const std::vector<float> broken{0.0f, kNaN, 1.0f};
-  EXPECT(std::isnan(k.sum_exp(broken.data(), 3, 1.0f, nullptr, nullptr)));
+  std::vector<float> broken{0.0f, kNaN, 1.0f};
+  EXPECT(std::isnan(k.sum_exp(broken.data(), 3, 1.0f, nullptr, nullptr, true)));
 }
 
 void bfloat16_rounds_to_the_nearest_even(const Kernels& k) {

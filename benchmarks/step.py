@@ -20,9 +20,9 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import ibkernels
 from benchmarks.eager import EagerBottleneck, ib_loss, sft_loss
 from benchmarks.measure import (
-    Ratio,
     can_measure_memory,
     environment,
     in_fresh_process,
@@ -161,6 +161,32 @@ def check(ours: Step, eager: Step) -> float:
     return errors[worst]
 
 
+def extra_gemms(size: Size, bottleneck_dim: int) -> Callable[[], None]:
+    """The library GEMMs that IB-FT adds to a step, alone: the least that a step can cost beyond SFT.
+
+    The encoder over all tokens and the bottleneck's cross-entropy over the labels, forward and backward, absorbed or
+    not as `ibkernels.absorbs` says.
+    """
+    torch.manual_seed(SEED)
+    tokens, labels = size.rows * size.length, size.rows * size.length // 2
+    hidden, encoder = torch.randn(tokens, size.hidden), torch.randn(2 * bottleneck_dim, size.hidden)
+    z, up = torch.randn(labels, bottleneck_dim), torch.randn(size.hidden, bottleneck_dim)
+    head = torch.randn(size.vocabulary, size.hidden)
+
+    def run() -> None:
+        raw = hidden @ encoder.T
+        _ = raw @ encoder, raw.T @ hidden
+        if ibkernels.absorbs(labels, size.hidden, bottleneck_dim):
+            matrix = head @ up
+            grad = z @ matrix.T
+            _ = grad @ matrix, head.T @ (grad.T @ z)
+        else:
+            grad_wide = (z @ up.T @ head.T) @ head
+            _ = grad_wide @ up, grad_wide.T @ z
+
+    return run
+
+
 def label(variant: str, bottleneck_dim: int) -> str:
     """The name of a variant in tables and records."""
     return f"{variant} K={bottleneck_dim}" if variant.endswith("-ib") else variant
@@ -190,13 +216,16 @@ def compare(size_name: str, rounds: int, memory: bool) -> dict[str, Any]:
         for variant, dim in cells(size)
         if variant.startswith("ibft")
     }
-    samples = interleave(dict(steps), rounds)
+    floors = {f"extra GEMMs K={dim}": extra_gemms(size, dim) for dim in size.bottleneck_dims}
+    timed = interleave({**steps, **floors}, rounds)
+    samples = {name: timed[name] for name in steps}
     load = os.getloadavg()  # above the number of threads: others were at work
     del steps
     return {
         "size": {"name": size_name, **asdict(size)},
         "relative_error": errors,
         "seconds": samples,
+        "floor_seconds": {name: timed[name] for name in floors},
         "load_average_after_timing": list(load),
         "ratio": {name: ratio(times, samples[BASELINE])._asdict() for name, times in samples.items()},
         "memory_mib": {label(*cell): peak_memory(cell[0], size_name, cell[1]) for cell in cells(size) if memory},
@@ -204,17 +233,26 @@ def compare(size_name: str, rounds: int, memory: bool) -> dict[str, Any]:
 
 
 def table(record: dict[str, Any]) -> str:
-    """A record as a Markdown table."""
-    header = ["step", "seconds: median", f"/ {BASELINE}: median (quartiles)", "seconds: least", f"/ {BASELINE}"]
+    """A record as a Markdown table; what the extra GEMMs take is added to the SFT step, the floor of an IB-FT step."""
+    header = ["step", "seconds: median", f"/ {BASELINE}: median (quartiles)", "/ ibft-sft: median (quartiles)"]
+    header += ["seconds: least", f"/ {BASELINE}"]
     if record["memory_mib"]:
         header += ["peak above rest, MiB", f"/ {BASELINE}", "peak, MiB", "peak under default malloc, MiB"]
     lines = [header, ["---"] * len(header)]
     above = {name: mib["peak"] - mib["rest"] for name, mib in record["memory_mib"].items()}
-    for name, times in record["seconds"].items():
+    sft = record["seconds"]["ibft-sft"]
+    floors = {
+        f"ibft-sft + {name}": [one + other for one, other in zip(sft, times, strict=True)]
+        for name, times in record["floor_seconds"].items()
+    }
+    for name, times in (record["seconds"] | floors).items():
         least = min(times) / min(record["seconds"][BASELINE])
-        lines.append([name, f"{statistics.median(times):.2f}", str(Ratio(**record["ratio"][name]))])
+        lines.append([name, f"{statistics.median(times):.2f}", str(ratio(times, record["seconds"][BASELINE]))])
+        lines[-1].append(str(ratio(times, sft)))
         lines[-1] += [f"{min(times):.2f}", f"{least:.2f}"]
-        if above:
+        if above and name not in above:
+            lines[-1] += ["", "", "", ""]
+        elif above:
             mib = record["memory_mib"][name]
             lines[-1] += [f"{above[name]:.0f}", f"{above[name] / max(above[BASELINE], 1):.2f}"]
             lines[-1] += [f"{mib['peak']:.0f}", f"{mib['peak_default_malloc']:.0f}"]

@@ -55,10 +55,11 @@ def bottleneck_backward(
         *needs,
     )
     parameters = (hidden, weight, lora_b, bias)
-    return tuple(
+    results = [
         gradient.to(parameter.dtype) if needed and parameter is not None else hidden.new_empty(0)
         for gradient, parameter, needed in zip(gradients, parameters, needs, strict=True)
-    )
+    ]
+    return results[0], results[1], results[2], results[3]
 
 
 def linear_cross_entropy(

@@ -46,8 +46,10 @@ def test_suite_runs_at_toy_size(tmp_path: Path) -> None:
     file = tmp_path / "suite.json"
     report = run("-m", "pytest", "benchmarks", "--size", "toy", "-p", "no:cacheprovider", f"--benchmark-json={file}")
     benchmarks = {entry["name"]: entry for entry in json.loads(file.read_text())["benchmarks"]}
-    ops = [f"{case}: {name}" for case, (_, names) in bench_kernels.CASES.items() for name in names]
+    ops = [f"{name}: {op}" for name, case in bench_kernels.CASES.items() for op in case.implementations]
+    floors = [name for name, case in bench_kernels.CASES.items() if case.floor is not None]
     expected = {f"test_op[{passes}-{op}]" for op in ops for passes in ("forward", "forward+backward")}
+    expected |= {f"test_floor[{passes}-{name}]" for name in floors for passes in ("forward", "forward+backward")}
     expected |= {f"test_step[{name}]" for name in STEPS} | {"test_noise[torch.randn]", "test_noise[ibkernels]"}
     assert benchmarks.keys() == expected
     for entry in benchmarks.values():

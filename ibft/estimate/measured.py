@@ -89,6 +89,7 @@ def _of_record(size: dict[str, Any], bottleneck_dim: int) -> tuple[ModelCost, Se
         checkpointing=False,
         load_in_4bit=False,
         dtype_bytes=4,
+        logits_bytes=32 * 2**20,  # of the CPU's kernels
     )
     return cost, setting, memory(cost, measure_activations(bases[1], lora), setting).step + 4 * cost.trainable
 

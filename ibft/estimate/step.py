@@ -9,6 +9,7 @@ import numpy as np
 from ibft.estimate.activations import Activations
 from ibft.estimate.cost import Flops, ModelCost
 from ibft.estimate.devices import NETWORK, Device
+from ibkernels import absorbs
 
 Engine = Literal["ddp", "fsdp2", "zero2", "zero3"]
 SHARDS_WEIGHTS = ("fsdp2", "zero3")
@@ -16,7 +17,6 @@ SHARDS_WEIGHTS = ("fsdp2", "zero3")
 GIB = 2**30
 _FLOAT32 = 4
 _NF4 = 4.127 / 8  # bytes per weight: 4 bits and, in double quantisation, 0.127 for the scales
-_LOGITS = 64 * 2**20  # blocks of logits and of their gradient, where a kernel has them at all
 _ZERO3_LIVE = 1e9  # parameters that DeepSpeed keeps gathered by default (stage3_max_live_parameters)
 _RESERVED = 1.0 * GIB  # the driver's context, libraries' workspaces, buffers of collectives
 _FRAGMENTED = 0.04  # of what the allocator hands out
@@ -42,6 +42,7 @@ class Setting:
     checkpointing: bool
     load_in_4bit: bool
     dtype_bytes: int  # of the base model and the activations
+    logits_bytes: int = 256 * 2**20  # of a block of float32 logits in the kernels of a GPU
 
     def changed(self, **changes: object) -> "Setting":
         """Another setting that differs in these."""
@@ -120,12 +121,13 @@ def memory(cost: ModelCost, activations: Activations, setting: Setting) -> Memor
 def _loss_bytes(cost: ModelCost, setting: Setting) -> float:
     """The gathered hidden states and their gradient, blocks of logits, and the bottleneck's part."""
     labels = setting.tokens * setting.filled * setting.labels
-    total = min(_LOGITS, _FLOAT32 * labels * cost.vocabulary)
+    total = min(setting.logits_bytes, _FLOAT32 * labels * cost.vocabulary)
     total += labels * cost.hidden_size * (setting.dtype_bytes + _FLOAT32)
     if cost.ib is not None:
         width = cost.ib.bottleneck_dim
         total += setting.tokens * width * (2 * setting.dtype_bytes + _FLOAT32)  # z, mu, log-variance
-        total += cost.vocabulary * width * (setting.dtype_bytes + _FLOAT32)  # the absorbed head and its gradient
+        if absorbs(round(labels), cost.hidden_size, width):
+            total += cost.vocabulary * width * (setting.dtype_bytes + _FLOAT32)  # the absorbed head and its gradient
     return total
 
 

@@ -16,8 +16,9 @@ DRY_RUN := $(if $(filter-out 0,$(DRY)),IBKERNELS_DRY=1 TRITON_INTERPRET=1 CUDA_V
 demo: $(INSTALLED)
 	$(BIN)/ibft lab demo --output_dir runs/demo --overwrite
 
+# A process a core, of one thread each: the tensors are small.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow

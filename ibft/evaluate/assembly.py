@@ -15,6 +15,9 @@ from ibft.evaluate.problems import Problem
 CompletionFormat = Literal["auto", "body", "full"]
 Header = Literal["dataset", "model"]
 
+_BYTE_ORDER_MARK = "\ufeff"
+_FUTURE = re.compile(r"^from[ \t]+__future__[ \t]+import[ \t]+(?:\([^)]*\)|.*)", re.MULTILINE)
+
 
 def assemble(
     problem: Problem, completion: str, completion_format: CompletionFormat = "auto", header: Header = "dataset"
@@ -36,17 +39,26 @@ def assemble(
             return completion
         start, end = found
         return f"{_modules(completion[:start])}{problem.prompt}\n{completion[end:]}"
+    completion = completion.removeprefix(_BYTE_ORDER_MARK)
     if completion_format == "body":
         return problem.prompt + completion
-    return f"{_before_function(problem)}{completion}"
+    # Python has them before everything else.
+    future = "".join(f"{line}\n" for line in _FUTURE.findall(completion))
+    return f"{future}{_before_function(problem)}{_FUTURE.sub('', completion) if future else completion}"
 
 
 def is_full(problem: Problem, completion: str) -> bool:
-    """Whether the completion defines the module or function that the problem asks for."""
+    """Whether the completion defines the module or function that the problem asks for.
+
+    What begins with an indented line is the body of a function, whatever comes after it.
+    """
     if problem.language == "verilog":
         return _module_header(problem, completion) is not None
     if problem.entry_point is None:
         return True  # there is no header to continue
+    completion = completion.removeprefix(_BYTE_ORDER_MARK)
+    if re.match(r"(?:[ \t]*(?:#.*)?\r?\n)*[ \t]+[^\s#]", completion):
+        return False
     name = re.escape(problem.entry_point)
     return re.search(rf"^(async\s+def|def|class)\s+{name}\b|^{name}\s*=", completion, re.MULTILINE) is not None
 
@@ -90,17 +102,22 @@ def module_name(problem: Problem) -> str:
 
 def _module_header(problem: Problem, completion: str) -> tuple[int, int] | None:
     """Where the completion's declaration of the design's module begins and ends, its semicolon included."""
-    found = re.search(rf"\bmodule\s+{module_name(problem)}\b[^;]*;", without_comments(completion, strings=True))
-    return found.span() if found else None
+    plain = without_comments(completion, strings=True)
+    found = re.search(rf"\bmodule\s+{module_name(problem)}\b", plain)
+    semicolon = plain.find(";", found.end()) if found else -1
+    return (found.start(), semicolon + 1) if found and semicolon >= 0 else None
 
 
 def _modules(text: str) -> str:
     """The whole modules in what comes before the design; the rest is words about it."""
     plain = without_comments(text, strings=True)
-    pattern = r"^[ \t]*module\s+\w+\s*[#(;].*?\bendmodule\b"
-    return "".join(
-        f"{text[found.start() : found.end()]}\n" for found in re.finditer(pattern, plain, re.DOTALL | re.MULTILINE)
-    )
+    # One pass from token to token: an expression for a whole module would look for each one's end again.
+    header, end = re.compile(r"^[ \t]*module\s+\w+\s*[#(;]", re.MULTILINE), re.compile(r"\bendmodule\b")
+    modules, place = "", 0
+    while (begun := header.search(plain, place)) and (ended := end.search(plain, begun.end())):
+        modules += f"{text[begun.start() : ended.end()]}\n"
+        place = ended.end()
+    return modules
 
 
 def _before_function(problem: Problem) -> str:

@@ -32,6 +32,7 @@ from ibft.evaluate.verilog_verdict import Rule
 
 REFERENCES_NAME = "references.jsonl"
 _LOCK_NAME = ".lock"
+_LIMITS = ("timeout", "memory", "output_limit")
 
 
 @dataclass(frozen=True)
@@ -111,9 +112,11 @@ class Judge:
             return Reference(None)
         if problem.language == "python":
             source = assemble(problem, solution)
-            verdict = python_verdict.judge(self.sandbox, problem, source, limits)
-            if verdict.category == "passed":
-                return Reference(verdict)
+            # Twice, and never for a limit or a process that died: in one process a candidate that cheats can pass.
+            for _ in range(2):
+                verdict = python_verdict.judge(self.sandbox, problem, source, limits)
+                if verdict.category == "passed" or verdict.transient:
+                    return Reference(verdict)
             beside = python_verdict.judge(self.sandbox, problem, source, limits, isolated=False)
             return Reference(beside, isolated=False) if beside.category == "passed" else Reference(verdict)
         design = assemble(problem, solution)
@@ -177,16 +180,23 @@ def run_samples(
 def judge_references(
     judge: Judge, problems: Sequence[Problem], store: Path | None, pool: ThreadPoolExecutor
 ) -> dict[str, Reference]:
-    """The reference of each problem by its task_id; what `store` has for the same tools is not judged again."""
+    """The reference of each problem by its task_id; what `store` has for the same tools is not judged again.
+
+    Unless a limit or a process that died decided it. HarnessError where the judging failed; without `store`, for tests
+    that cannot run it is a verdict like the others.
+    """
     keys = {problem.task_id: judge.key(problem, problem.canonical_solution) for problem in problems}
 
     def judged(problem: Problem) -> dict[str, Any] | None:
         reference = judge.reference(problem)
-        more = {"isolated": reference.isolated, "samples": reference.samples}
         verdict = reference.verdict or Verdict("missing")
+        if store is not None or verdict.transient:
+            _check(verdict, f"the canonical solution of {problem.task_id!r}")
+        transient = verdict.transient or verdict.category in _LIMITS
+        more = {"isolated": reference.isolated, "samples": reference.samples, "transient": transient}
         return _row({"task_id": problem.task_id, **more}, verdict, keys[problem.task_id])
 
-    rows = _kept(store, lambda row: keys.get(row["task_id"])) if store is not None else []
+    rows = _kept(store, lambda row: None if row["transient"] else keys.get(row["task_id"])) if store is not None else []
     known = {row["task_id"] for row in rows}
     rows += _append_each(store, pool, judged, [problem for problem in problems if problem.task_id not in known])
     return {row["task_id"]: _reference(row) for row in rows}

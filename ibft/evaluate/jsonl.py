@@ -78,7 +78,7 @@ def shown(value: object) -> str:
 def _array(text: str, path: Path) -> Iterator[tuple[int, Row]]:
     try:
         values = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as JSON: {error}.") from error
     for number, value in enumerate(values, start=1):
         if not isinstance(value, dict):
@@ -90,6 +90,8 @@ def _object(line: str, where: str, last: bool) -> Row:
     """`last`: no end of a line follows, as in a file that is whole, or that was cut off."""
     try:
         value = json.loads(line)
+    except RecursionError as error:
+        raise InputError(f"{where} is nested too deep. Each line must be one JSON object.") from error
     except ValueError as error:
         if last and line.startswith("{"):
             raise InputError(f"{where}: the file is cut off in this line, its last; copy or make it again.") from error

@@ -6,6 +6,7 @@ and nothing else; a subclass crosses as the builtin value it holds, anything els
 """
 
 import builtins
+import contextlib
 import json
 import os
 import socket
@@ -13,9 +14,11 @@ import struct
 import sys
 import types
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
-MAX_FRAME = 1_000_000  # bytes of one call or result
+MAX_FRAME = 16_000_000  # bytes of one call or result, and of the program
+MAX_ITEMS = 250_000  # of an iterator, which may have no end
+_PR_SET_DUMPABLE = 4
 _ATOMS: dict[type, tuple[str, Callable[[Any], Any], Callable[[Any], Any]]] = {  # type: name, to JSON, from JSON
     int: ("int", lambda number: int.__format__(number, "x"), lambda text: int(text, 16)),
     float: ("float", float.hex, float.fromhex),
@@ -39,20 +42,20 @@ _BUILD: dict[str, Callable[[list[Any]], Any]] = {
     "frozenset": frozenset,
     "iterator": iter,
 }
-_ITERATORS: tuple[type, ...] = (
-    types.GeneratorType,
-    *(map, filter, zip, enumerate, reversed),
-    *(type(iter(value)) for value in ([0], (0,), "", b"", {0}, range(0))),
-    *(type(iter(view)) for view in (vars(builtins).keys(), vars(builtins).values(), vars(builtins).items())),
-    type(reversed([""])),
-    type(vars(builtins).values()),
-)
-_VIEWS: dict[type, str] = {type(vars(builtins).keys()): "keys", type(vars(builtins).items()): "items"}
+_VIEWS: dict[type, str] = {
+    type(vars(builtins).keys()): "keys",
+    type(vars(builtins).values()): "values",
+    type(vars(builtins).items()): "items",
+}
 _CONSTANTS = {"None": None, "True": True, "False": False}
 
 
 class CannotCross(Exception):
     """A value that is not made of builtin ones, or too large."""
+
+
+class TooLarge(CannotCross):
+    """A value too large, or nested too deep."""
 
 
 class CandidateGone(BaseException):
@@ -62,7 +65,7 @@ class CandidateGone(BaseException):
 def encode(value: Any, depth: int = 0) -> list[Any]:
     """The value as JSON-able lists, [kind, content]. CannotCross for what is not made of builtin values."""
     if depth > 100:
-        raise CannotCross("it is nested more than 100 deep")
+        raise TooLarge("it is nested more than 100 deep")
     for name, constant in _CONSTANTS.items():
         if value is constant:
             return [name, None]
@@ -77,7 +80,7 @@ def encode(value: Any, depth: int = 0) -> list[Any]:
         return ["dict", [[encode(k, depth + 1), encode(v, depth + 1)] for k, v in dict.items(value)]]
     if type(value) in _VIEWS:
         return [_VIEWS[type(value)], [encode(item, depth + 1) for item in value]]
-    if type(value) in _ITERATORS:
+    if isinstance(value, Iterator):
         return ["iterator", _encode_some(value, depth)]
     raise CannotCross(f"it is or holds a value of type {type(value).__name__}")
 
@@ -86,8 +89,8 @@ def _encode_some(values: Any, depth: int) -> list[Any]:
     found = []
     for item in values:
         found.append(encode(item, depth + 1))
-        if len(found) * 8 > MAX_FRAME:
-            raise CannotCross("it does not end, or is too large")
+        if len(found) > MAX_ITEMS:
+            raise TooLarge("it does not end, or is too large")
     return found
 
 
@@ -104,16 +107,18 @@ def decode(value: Any) -> Any:
         return {decode(k): decode(v) for k, v in content}
     if kind == "keys":
         return dict.fromkeys(decode(item) for item in content).keys()
+    if kind == "values":
+        return dict(enumerate(decode(item) for item in content)).values()
     if kind == "items":
         return dict(decode(item) for item in content).items()
     raise ValueError(f"no such kind of value: {kind!r:.40}")
 
 
 def send(channel: socket.socket, message: Any) -> None:
-    """One frame. CannotCross if it is too large."""
+    """One frame. TooLarge if it is too large."""
     frame = json.dumps(message).encode("ascii")
     if len(frame) > MAX_FRAME:
-        raise CannotCross(f"it takes {len(frame)} bytes, more than {MAX_FRAME}")
+        raise TooLarge(f"it takes {len(frame)} bytes, more than {MAX_FRAME}")
     channel.sendall(struct.pack("!I", len(frame)) + frame)
 
 
@@ -152,7 +157,8 @@ def describe(error: BaseException) -> list[str]:
 
 
 def candidate(channel: socket.socket) -> None:
-    """Loads the program that comes first, then answers calls of its functions."""
+    """Says that it has started, loads the program that comes first, then answers calls of its functions."""
+    send(channel, {"started": True})
     try:
         names = load(receive(channel)["source"], "solution")
     except BaseException as error:
@@ -166,112 +172,161 @@ def candidate(channel: socket.socket) -> None:
 
 def _answer(names: dict[str, Any], call: dict[str, Any]) -> dict[str, Any]:
     if call["name"] not in names:
-        return {"raised": ["NameError", f"name {call['name']!r} is not defined"]}
+        return _raised(NameError(f"name {call['name']!r} is not defined"))
     try:
         arguments, keywords = decode(call["arguments"]), decode(call["keywords"])
         value = encode(names[call["name"]](*arguments, **keywords))
         if len(json.dumps(value)) > MAX_FRAME - 1000:
-            raise CannotCross("it is too large")
+            raise TooLarge("it is too large")
         return {"value": value}
     except CannotCross as error:
         return {"kept": str(error)}
     except BaseException as error:
-        return {"raised": describe(error)}
+        return _raised(error)
+
+
+def _raised(error: BaseException) -> dict[str, Any]:
+    """What is known of an exception: its own name, the builtin type that it is of, and its arguments if they cross."""
+    arguments = None
+    with contextlib.suppress(BaseException):
+        if len(json.dumps(encoded := encode(error.args))) < MAX_FRAME - 2000:
+            arguments = encoded
+    base = next(kind for kind in type(error).__mro__ if vars(builtins).get(kind.__name__) is kind)
+    return {"raised": describe(error), "base": base.__name__, "arguments": arguments}
 
 
 class Candidate:
     """The tests' side of the candidate's process."""
 
-    def __init__(self, channel: socket.socket, say: Callable[[Any], None]) -> None:
-        self._channel, self._say = channel, say
-        self.calls, self.gone = 0, False
+    def __init__(self, channel: socket.socket) -> None:
+        self._channel = channel
+        self.calls, self.values, self.gone = 0, 0, False
         self.verdict: tuple[BaseException, list[str]] | None = None  # the last call's exception, and what it means
+        self.kept: list[str] | None = None  # the verdict on a value that did not cross, whatever the tests make of it
+
+    def hear(self) -> dict[str, Any]:
+        """The next message; CandidateGone if the process has ended or does not speak as one that runs our script."""
+        try:
+            answer = receive(self._channel)
+        except (OSError, EOFError, ValueError, RecursionError, MemoryError):
+            self.lose()
+        if type(answer) is not dict:
+            self.lose()
+        return answer
 
     def ask(self, message: Any) -> dict[str, Any]:
-        """Sends and receives; CandidateGone if the process has ended or does not answer as one that runs our script."""
+        """Sends and hears. TooLarge for a message that is."""
         try:
             send(self._channel, message)
-            answer = receive(self._channel)
-            if type(answer) is dict:
-                return answer
-        except (OSError, EOFError, ValueError, RecursionError):
-            pass
+        except OSError:
+            self.lose()
+        return self.hear()
+
+    def lose(self) -> NoReturn:
         self.gone = True
         raise CandidateGone
+
+    def words(self, value: Any) -> tuple[str, str]:
+        """The name and the message of an exception, as `describe` gives them."""
+        if type(value) is not list or len(value) != 2 or not all(type(part) is str for part in value):
+            self.lose()
+        return value[0][:100], value[1][:300]
 
     def function(self, name: str) -> Callable[..., Any]:
         """The function of that name, to be called as if it were here."""
 
         def call(*arguments: Any, **keywords: Any) -> Any:
+            self.calls += 1
             try:
                 given = {"arguments": encode(arguments), "keywords": encode(keywords)}
+                answer = self.ask({"call": self.calls, "name": name, **given})
             except CannotCross as wrong:
-                raise self._fails(wrong, "harness_error", f"the tests give {name} what cannot cross: {wrong}") from None
-            if self.calls == 0:
-                self._say("calling")
-            self.calls += 1
-            answer = self.ask({"call": self.calls, "name": name, **given})
+                # Large is what the tests made of a large result, if there has been one.
+                category = "wrong_output" if self.values and isinstance(wrong, TooLarge) else "harness_error"
+                text = f"the tests give {name} what cannot cross: {wrong}"
+                raise self._fails(CannotCross(str(wrong)), category, text) from None
             if answer.get("call") != self.calls:
-                self.gone = True
-                raise CandidateGone
+                self.lose()
             if "value" in answer:
+                self.values += 1
                 try:
                     return decode(answer["value"])
                 except (ValueError, TypeError, OverflowError, RecursionError) as wrong:
                     raise self._fails(CannotCross(f"it is no value ({wrong})"), "wrong_output") from None
             if "raised" in answer:
-                kind, text = (str(part) for part in answer["raised"])
-                error = _builtin_error(kind)(text)
-                raise self._fails(error, "memory" if kind == "MemoryError" else "runtime_error", f"{kind}: {text}")
-            raise self._fails(CannotCross(str(answer.get("kept"))), "wrong_output")
+                kind, text = self.words(answer["raised"])
+                error = _exception(answer.get("base"), text, answer.get("arguments"))
+                category = "memory" if isinstance(error, MemoryError) else "runtime_error"
+                raise self._fails(error, category, f"{kind}: {text}")
+            raise self._fails(CannotCross(f"{answer.get('kept')!s:.300}"), "wrong_output")
 
+        call.__name__ = name
         return call
 
-    def _fails(self, error: Exception, category: str, text: str = "") -> Exception:
+    def _fails(self, error: BaseException, category: str, text: str = "") -> BaseException:
         self.verdict = (error, [category, text or f"its result cannot be compared: {error}"])
+        if isinstance(error, CannotCross):
+            self.kept = self.kept or self.verdict[1]
         return error
 
 
-def _builtin_error(name: str) -> type[Exception]:
-    """The builtin exception of that name; not one that a loop takes for its end."""
-    kind = getattr(builtins, name, None)
+def _exception(name: Any, text: str, arguments: Any) -> Exception:
+    """The builtin exception of that name and those arguments; not one that a loop takes for its end."""
+    kind = getattr(builtins, name, None) if type(name) is str else None
     if not isinstance(kind, type) or not issubclass(kind, Exception):
-        return RuntimeError
-    special = (StopIteration, StopAsyncIteration, UnicodeError, ExceptionGroup)
-    return RuntimeError if issubclass(kind, special) else kind
+        kind = RuntimeError
+    if issubclass(kind, (StopIteration, StopAsyncIteration, ExceptionGroup)):
+        kind = RuntimeError
+    for base in kind.__mro__:  # some need arguments of their own kind, which did not cross
+        with contextlib.suppress(Exception):
+            return base(*decode(arguments))
+        with contextlib.suppress(Exception):
+            return base(text)
+    return RuntimeError(text)
 
 
 def checker(channel: socket.socket, job: dict[str, Any], say: Callable[[Any], None]) -> list[str]:
-    """Runs the tests; returns the category and a word on it."""
-    remote = Candidate(channel, say)
+    """Runs the tests; returns the category and a word on it. Categories of its own: "not_started" and "gone"."""
+    import ctypes
+
+    ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)  # where no wall stands between, its files are not open to all
+    remote = Candidate(channel)
+    say("started")  # from here on, what the process meets with can be the candidate's doing
+    try:
+        remote.hear()
+    except CandidateGone:
+        return ["not_started", ""]
     try:
         ready = remote.ask({"source": job["source"]})
         if "ready" not in ready:
-            kind, text = (str(part) for part in ready.get("failed", ("Error", "it did not load")))
+            kind, text = remote.words(ready.get("failed"))
             syntax = kind in ("SyntaxError", "IndentationError", "TabError")
             category = "syntax_error" if syntax else "memory" if kind == "MemoryError" else "runtime_error"
             return [category, f"{kind}: {text}"]
         names: dict[str, Any] = {name: remote.function(name) for name in job["remote"]}
         _run_tests(job, names, remote.function)
-    except CandidateGone:
-        return ["runtime_error", "its process ended before it had answered"]
     except BaseException as error:
         if remote.gone:
-            return ["runtime_error", "its process ended before it had answered"]
+            return ["gone", ""]
+        if remote.kept is not None:
+            return remote.kept
         if remote.verdict is not None and error is remote.verdict[0]:
             return remote.verdict[1]
         if remote.calls == 0:
             return ["harness_error", "the tests failed before they called the candidate: " + ": ".join(describe(error))]
         return _judge(error)
     if remote.gone:
-        return ["runtime_error", "its process ended before it had answered"]
+        return ["gone", ""]
+    if remote.kept is not None:
+        return remote.kept
     if remote.calls == 0:
         return ["harness_error", "the tests do not call the candidate"]
     return ["passed", ""]
 
 
-def together(job: dict[str, Any]) -> list[str]:
+def together(job: dict[str, Any], say: Callable[[Any], None]) -> list[str]:
     """Candidate and tests in one process, for tests that work no other way; a candidate that cheats can pass here."""
+    say("started")
     try:
         names = load(job["source"], "solution")
     except (SyntaxError, MemoryError) as error:
@@ -325,7 +380,7 @@ def main() -> None:
         os.write(verdicts, json.dumps(word).encode() + b"\n")
 
     job = json.loads(sys.stdin.buffer.read())
-    say(checker(socket.socket(fileno=int(sys.argv[2])), job, say) if role == "checker" else together(job))
+    say(checker(socket.socket(fileno=int(sys.argv[2])), job, say) if role == "checker" else together(job, say))
     os._exit(0)  # threads of the tests, or of a candidate beside them, keep nothing waiting
 
 

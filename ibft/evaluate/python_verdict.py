@@ -12,10 +12,12 @@ import json
 import os
 import socket
 import sys
+from collections.abc import Sequence
 from importlib import resources
 from typing import NamedTuple
 
 from ibft.evaluate.problems import Problem
+from ibft.evaluate.python_child import MAX_FRAME
 from ibft.evaluate.sandbox import Limits, Outcome, Sandbox, supervise
 
 INTERPRETER = os.path.realpath(sys.executable)
@@ -27,14 +29,17 @@ class Verdict(NamedTuple):
     category: str
     detail: str = ""
     seconds: float = 0.0
+    transient: bool = False  # a limit, or a process that died: on a busier or idler machine it may be another
 
 
 def judge(sandbox: Sandbox, problem: Problem, source: str, limits: Limits, *, isolated: bool = True) -> Verdict:
     """Runs the problem's tests on a program. With `isolated` off, in the program's own process, where it can cheat."""
+    if (size := len(json.dumps(source))) > MAX_FRAME - 1000:
+        return Verdict("memory", f"the program takes {size} bytes, and at most {MAX_FRAME} are run")
     job = _job(problem, source)
     if not isolated:
         outcome = sandbox.run(_command("together"), limits, stdin=job)
-        return _verdict(outcome, outcome)._replace(seconds=round(outcome.seconds, 3))
+        return _verdict(outcome)._replace(seconds=round(outcome.seconds, 3))
     ours, theirs = socket.socketpair()
     with ours, theirs:
         # The candidate starts first, so that the two interpreters start at the same time.
@@ -51,24 +56,48 @@ def judge(sandbox: Sandbox, problem: Problem, source: str, limits: Limits, *, is
     return _verdict(tests, candidate)._replace(seconds=round(tests.seconds, 3))
 
 
-def _verdict(tests: Outcome, candidate: Outcome) -> Verdict:
-    stopped = candidate.stopped or tests.stopped
-    if stopped == "interrupted":
-        return Verdict("interrupted")
+# What the tests' process can say; nothing else is taken from it, since beside the candidate it may not be itself.
+_SAID = ("passed", "wrong_output", "syntax_error", "runtime_error", "memory")
+_SAID_APART = (*_SAID, "harness_error", "gone", "not_started")
+
+
+def _verdict(tests: Outcome, candidate: Outcome | None = None) -> Verdict:
+    """`candidate`: None where it ran in the tests' process."""
+    stopped = (candidate.stopped if candidate is not None else None) or tests.stopped
+    if stopped == "processes":
+        return Verdict("runtime_error", "it started too many processes", transient=True)
     if stopped is not None:
-        return Verdict("runtime_error", "it started too many processes") if stopped == "processes" else Verdict(stopped)
-    said = [json.loads(line) for line in tests.stdout.splitlines()]
-    if said and isinstance(said[-1], list):
-        category, detail = said[-1]
-        if category == "runtime_error" and candidate.exit_code not in (0, 137):
-            detail += f" (exit code {candidate.exit_code})" if "process ended" in detail else ""
-        return Verdict(category, detail)
-    error = " ".join(tests.stderr.decode(errors="replace").split())[-300:]
-    if candidate is tests or said:
-        # Of what it does to the tests once it is called, or beside it, a candidate bears the cost.
-        category = "memory" if "MemoryError" in error else "runtime_error"
-        return Verdict(category, f"the tests ended without a verdict (exit code {tests.exit_code})")
-    return Verdict("harness_error", f"the tests' process failed (exit code {tests.exit_code}): {error}")
+        return Verdict(stopped, transient=True)
+    if not tests.stdout:
+        return _failed("the tests' process", tests)
+    said = _said(tests.stdout, _SAID if candidate is None else _SAID_APART) if tests.exit_code == 0 else None
+    if said is None:  # of what it does to the tests once it has started, a candidate bears the cost
+        category = "memory" if b"MemoryError" in tests.stderr else "runtime_error"
+        text = f"the tests ended without a verdict (exit code {tests.exit_code})"
+        return Verdict(category, text, transient=True)
+    category, detail = said
+    if candidate is not None and category == "not_started":
+        return _failed("the candidate's process", candidate)
+    if candidate is not None and category == "gone":
+        code = f" (exit code {candidate.exit_code})" if candidate.exit_code not in (0, 137) else ""
+        return Verdict("runtime_error", f"its process ended before it had answered{code}", transient=True)
+    return Verdict(category, detail[:500], transient=category == "memory")
+
+
+def _failed(what: str, outcome: Outcome) -> Verdict:
+    error = " ".join(outcome.stderr.decode(errors="replace").split())[-300:]
+    return Verdict("harness_error", f"{what} did not start (exit code {outcome.exit_code}): {error}", transient=True)
+
+
+def _said(text: bytes, categories: Sequence[str]) -> tuple[str, str] | None:
+    """The category and the word on it, if the tests' process says that it has started, then this, and nothing else."""
+    try:
+        started, verdict = (json.loads(line) for line in text.splitlines())
+        category, detail = verdict
+    except (ValueError, TypeError, RecursionError):
+        return None
+    whole = started == "started" and type(verdict) is list and category in categories and isinstance(detail, str)
+    return (category, detail) if whole else None
 
 
 @functools.cache

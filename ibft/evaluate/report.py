@@ -11,7 +11,7 @@ from typing import Any
 
 from ibft.errors import InputError
 from ibft.evaluate import metrics
-from ibft.evaluate.jsonl import read_rows, read_text
+from ibft.evaluate.jsonl import read_rows, read_text, shown
 from ibft.evaluate.metrics import Count
 
 RUN_NAME, RESULTS_NAME = "run.json", "results.jsonl"
@@ -57,6 +57,11 @@ def load_results(folder: Path, name: str | None = None) -> Results:
             identity, category, passed = (row["task_id"], row["sample"]), str(row["category"]), row["passed"]
         except KeyError as error:
             raise InputError(f"{where} has no {error}, so `ibft eval run` did not write it.") from error
+        if not isinstance(identity[0], str) or type(identity[1]) is not int:
+            raise InputError(
+                f"{where}: {shown(identity[1])} is no sample of {shown(identity[0])}, so `ibft eval run` did not write "
+                "it."
+            )
         if identity in found or row["task_id"] not in given:
             raise InputError(f"{where}: sample {identity[1]} of {identity[0]!r} is not one of the run, or comes twice.")
         if category == "harness_error":

@@ -439,7 +439,10 @@ def _namespaces(argv: Sequence[str], limits: Limits, identity: int | None, reada
 
 def _limited(argv: Sequence[str], limits: Limits, identity: int | None, life: int) -> list[str]:
     supervisor = resources.files("ibft.evaluate").joinpath("supervisor.py").read_text("utf-8")
-    limited = [*_resource_limits(limits), *_without_privileges(identity), *argv]
+    drop = _without_privileges(identity)
+    if os.geteuid() == 0:  # who stays root is kept out of other processes as an ordinary user is
+        drop[1:1] = ["--bounding-set=-all"]
+    limited = [*_resource_limits(limits), *drop, *argv]
     return [os.path.realpath(sys.executable), "-s", "-S", "-P", "-c", supervisor, str(life), *limited]
 
 

@@ -1,7 +1,7 @@
 """Whether a Verilog design does what its testbench's reference does, judged by Icarus Verilog.
 
 The testbench and the design run in one simulation, so the design could meddle with the count of mismatches or print a
-verdict of its own: the rule "strict" looks for both.
+verdict of its own: the rule "strict" looks for both, in what the preprocessor leaves of the design.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import shutil
 import subprocess
 from typing import Literal
 
-from ibft.errors import InputError
+from ibft.errors import HarnessError, InputError
 from ibft.evaluate.assembly import module_name, without_comments
 from ibft.evaluate.problems import Problem
 from ibft.evaluate.python_verdict import Verdict
@@ -21,21 +21,36 @@ from ibft.evaluate.sandbox import Limits, Outcome, Sandbox
 Rule = Literal["strict", "v1"]
 PROGRAMS = ("iverilog", "vvp")
 
+# The first line says that the sandbox works: without it, nothing was judged.
+_MARK = b"the sandbox works\n"
+_SAY_SO = "echo the sandbox works\n"
+_PREPROCESS = f"""{_SAY_SO}cat > design.sv
+"$1" -E -g2012 -o plain.sv design.sv >&2 < /dev/null || exit 97
+cat plain.sv"""
 # The compiler's words go to stderr, so that stdout is the simulation's alone.
-_STRICT = """cat > design.sv
-"$1" -g2012 -s tb -o design.vvp design.sv >&2 < /dev/null || exit 97
+_STRICT = f"""{_SAY_SO}cat > design.sv
+"$1" -Wall -Wno-timescale -g2012 -s tb -o design.vvp design.sv >&2 < /dev/null || exit 97
 exec "$2" -n design.vvp < /dev/null"""
-_V1 = """cat > design.sv
+_V1 = f"""{_SAY_SO}cat > design.sv
 "$1" -Wall -Winfloop -Wno-timescale -g2012 -s tb -o design.vvp design.sv < /dev/null
 exec "$2" -n design.vvp < /dev/null"""
 _COMPILER_FAILED = 97
 
 # What no design needs and a dishonest one does: ending the simulation, files, and values set from outside.
 _SUSPICIOUS_TASKS = re.compile(
-    r"\$(finish|stop|exit|fatal|system|fopen|fclose|fwrite|fdisplay|fstrobe|fmonitor|fflush|fscanf|fread|fgets|fgetc"
-    r"|fseek|rewind|ungetc|readmem|writemem|dump|sreadmem|deposit|force|release|root|value\$plusargs|test\$plusargs"
-    r"|incsave|save|restart|reset|input|log|nolog|key|nokey|scope|showscopes|list)\w*"
+    r"\$(?:log(?!\w)|(?:finish|stop|exit|fatal|system|fopen|fclose|fwrite|fdisplay|fstrobe|fmonitor|fflush|fscanf|fread"
+    r"|fgets|fgetc|fseek|rewind|ungetc|readmem|writemem|dump|sreadmem|deposit|force|release|root|value\$plusargs"
+    r"|test\$plusargs|incsave|save|restart|reset|input|nolog|key|nokey|scope|showscopes|list)\w*)"
 )
+_SUSPICIOUS_WORDS = re.compile(r"(?<![\w$])(?:force|release|deassign|r?tran(?:if[01])?|alias|bind)(?![\w$])")
+_STRENGTH = re.compile(r"\(\s*(?:supply|strong|pull|weak|highz)[01]\b")  # with it, a design wins over the testbench
+# Of the directives that the preprocessor leaves, those that neither name anything nor swallow text.
+_HARMLESS_DIRECTIVE = re.compile(
+    r"`(?:timescale\s+\d+\s*\w*\s*/\s*\d+\s*\w*|default_nettype\s+\w+|(?:end)?celldefine|resetall"
+    r"|unconnected_drive\s+\w+|nounconnected_drive|end_keywords)[ \t]*$",
+    re.MULTILINE,
+)
+_FENCE = re.compile(r"^[ \t]*```", re.MULTILINE)
 _REPORT = re.compile(r"^Mismatches: (\d+) in (\d+) samples$", re.MULTILINE)
 
 
@@ -54,28 +69,63 @@ def judge(
     canonical solution yields; None: in at least one). "v1": the original rule of VerilogEval 1, by which anything on
     stderr fails and the first line of mismatches counts; for comparison with published numbers, as it can be fooled.
     """
-    if rule == "strict" and (found := suspicious(problem, design)) is not None:
-        return Verdict("suspicious", found)
-    outcome = _simulate(sandbox, problem, design, limits, rule)
-    verdict = _stopped(outcome) or (_strict(outcome, samples) if rule == "strict" else _v1(outcome))
-    return verdict._replace(seconds=round(outcome.seconds, 3))
+    if rule == "v1":
+        outcome = _run(sandbox, _V1, f"{problem.test}\n{design}", limits)
+        return (_stopped(outcome) or _v1(outcome))._replace(seconds=round(outcome.seconds, 3))
+    return _judge_strictly(sandbox, problem, design, limits, samples)[0]
 
 
 def reference(
     sandbox: Sandbox, problem: Problem, design: str, limits: Limits, *, rule: Rule = "strict"
 ) -> tuple[Verdict, int | None]:
     """The verdict on the canonical solution, and in how many samples it was compared if it passes."""
-    outcome = _simulate(sandbox, problem, design, limits, rule)
-    verdict = _stopped(outcome) or (_strict(outcome, None) if rule == "strict" else _v1(outcome))
-    found = _mismatches(outcome.stdout.decode(errors="replace"))
-    samples = found[1] if found is not None and verdict.category == "passed" else None
-    return verdict._replace(seconds=round(outcome.seconds, 3)), samples
+    if rule == "v1":
+        return judge(sandbox, problem, design, limits, rule=rule), None
+    return _judge_strictly(sandbox, problem, design, limits, None)
 
 
-def _simulate(sandbox: Sandbox, problem: Problem, design: str, limits: Limits, rule: Rule) -> Outcome:
-    source = f"{problem.test}\n{design}".encode(errors="replace")
-    script = _STRICT if rule == "strict" else _V1
-    return sandbox.run(["sh", "-c", script, "judge", *programs()], limits, stdin=source)
+def _judge_strictly(
+    sandbox: Sandbox, problem: Problem, design: str, limits: Limits, samples: int | None
+) -> tuple[Verdict, int | None]:
+    """The verdict, and in how many samples a passing design was compared."""
+    design = re.sub(r"\r\n?", "\n", design)  # a lone CR ends a comment for the compiler
+    if _FENCE.search(design):
+        return Verdict("compile_error", "a Markdown fence (```) is left in the design"), None
+    if re.search(r"`\s*include\b", without_comments(design, strings=True)):
+        return Verdict("suspicious", "it includes a file"), None
+    outcome = _run(sandbox, _PREPROCESS, design, limits)
+    seconds = outcome.seconds
+    verdict = _stopped(outcome) or (_not_compiled(_said(outcome)) if outcome.exit_code else None)
+    found = None
+    if verdict is None:
+        plain = outcome.stdout.decode(errors="replace")
+        if (what := suspicious(problem, plain)) is not None:
+            verdict = Verdict("suspicious", what)
+        else:
+            outcome = _run(sandbox, _STRICT, f"{problem.test}\n{plain}", limits)
+            seconds += outcome.seconds
+            verdict = _stopped(outcome) or _strict(outcome, samples)
+            found = _mismatches(outcome.stdout.decode(errors="replace"))
+    compared = found[1] if found is not None and verdict.category == "passed" else None
+    return verdict._replace(seconds=round(seconds, 3)), compared
+
+
+def _run(sandbox: Sandbox, script: str, source: str, limits: Limits) -> Outcome:
+    """HarnessError if the sandbox does not come as far as the script."""
+    argv = ["sh", "-c", script, "judge", *programs()]
+    outcome = sandbox.run(argv, limits, stdin=source.encode(errors="replace"))
+    if outcome.stdout.startswith(_MARK):
+        return outcome._replace(stdout=outcome.stdout.removeprefix(_MARK))
+    if outcome.stopped is None:
+        raise HarnessError(
+            f"The sandbox ({sandbox.tier}) failed with code {outcome.exit_code}: {_first_line(_said(outcome))}. "
+            "What was judged before is kept; the same command goes on from there."
+        )
+    return outcome
+
+
+def _said(outcome: Outcome) -> str:
+    return outcome.stderr.decode(errors="replace")
 
 
 def _mismatches(text: str) -> tuple[int, int] | None:
@@ -85,30 +135,31 @@ def _mismatches(text: str) -> tuple[int, int] | None:
 
 
 def suspicious(problem: Problem, design: str) -> str | None:
-    """What in a design reaches beyond it: a system task, or a name of the testbench; None if there is nothing."""
+    """What in a preprocessed design reaches beyond it: a system task, a name of the testbench; None: nothing."""
     text = without_comments(design, strings=True)
     text = re.sub(r"\\(\S+)", r" \1 ", text)  # an escaped identifier is the identifier
-    if found := _SUSPICIOUS_TASKS.search(text):
+    if found := _SUSPICIOUS_TASKS.search(text) or _SUSPICIOUS_WORDS.search(text) or _STRENGTH.search(text):
         return f"it uses {found.group()}"
-    if "``" in text:
-        return "it pastes names together in a macro"
-    if found := re.search(r"`\s*include\b", text):
-        return "it includes a file"
-    names = "|".join(map(re.escape, sorted(_names_of_test(problem))))
-    if names and (found := re.search(rf"(?<![\w$`])({names})(?![\w$])", text)):
-        return f"it touches {found.group(1)}, which is the testbench's"
+    if re.search(r"\binout\b", text) and "inout" not in problem.prompt:
+        return "it has an inout port, and the problem has none"
+    if found := re.search(r"`\s*\S*", _HARMLESS_DIRECTIVE.sub("", text)):
+        return f"it uses {found.group()}, which the preprocessor leaves"
+    modules, instances = _names_of_test(problem)
+    if found := re.search(rf"(?<![\w$])(?:({modules})(?![\w$])|({instances})\s*\.)", text):
+        return f"it touches {found.group(1) or found.group(2)}, which is the testbench's"
     return None
 
 
 @functools.lru_cache(maxsize=1024)
-def _names_of_test(problem: Problem) -> frozenset[str]:
-    """Modules and instances of the testbench, through which a design could reach into it."""
+def _names_of_test(problem: Problem) -> tuple[str, str]:
+    """Patterns: the testbench's modules and its count, which no design names; instances, ways into it with a point."""
     text = without_comments(problem.test, strings=True)
     modules = set(re.findall(r"\bmodule\s+(\w+)", text))
     design = module_name(problem)
-    instances = re.findall(r"^\s*(\w+)\s+(?:#\s*\([^;]*?\)\s*)?(\w+)\s*\(", text, re.MULTILINE)
-    named = {name for module, name in instances if module in modules or module == design}
-    return frozenset((modules | named | {"stats1"}) - {design})
+    named = re.findall(r"^\s*(\w+)\s+(?:#\s*\([^;]*?\)\s*)?(\w+)\s*\(", text, re.MULTILINE)
+    instances = {name for module, name in named if module in modules or module == design}
+    modules = (modules | {"stats1"}) - {design}
+    return "|".join(map(re.escape, sorted(modules))), "|".join(map(re.escape, sorted(instances))) or "(?!)"
 
 
 def _stopped(outcome: Outcome) -> Verdict | None:
@@ -130,16 +181,18 @@ def _strict(outcome: Outcome, samples: int | None) -> Verdict:
     text, error = (part.decode(errors="replace") for part in (outcome.stdout, outcome.stderr))
     if outcome.exit_code == _COMPILER_FAILED:
         return _not_compiled(error)
+    if found := re.search(r"input port (\S+) is coerced to inout", error):
+        return Verdict("suspicious", f"it drives its input {found.group(1)}")
     if outcome.exit_code != 0:
         return Verdict("runtime_error", f"the simulator ended with code {outcome.exit_code}: {_first_line(error)}")
-    found = _mismatches(text)
-    if found is None:
+    reported = _mismatches(text)
+    if reported is None:
         if "Mismatches" in text:
             return Verdict(
                 "suspicious", "the simulation reports mismatches more than once, or not on a line of its own"
             )
         return Verdict("runtime_error", "the simulation reports no number of mismatches")
-    wrong, total = found
+    wrong, total = reported
     if wrong:
         return Verdict("wrong_output", f"{wrong} mismatches in {total} samples")
     if total == 0 or (samples is not None and total != samples):
@@ -159,7 +212,8 @@ def _v1(outcome: Outcome) -> Verdict:
 
 
 def _not_compiled(error: str) -> Verdict:
-    return Verdict("syntax_error" if "syntax error" in error else "compile_error", _first_line(error))
+    errors = "\n".join(line for line in error.splitlines() if "error:" in line or "syntax error" in line)
+    return Verdict("syntax_error" if "syntax error" in error else "compile_error", _first_line(errors or error))
 
 
 def _first_line(text: str) -> str:

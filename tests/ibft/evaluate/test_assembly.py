@@ -74,6 +74,13 @@ def test_the_other_format_is_warned_of() -> None:
     assert "body" in (format_warning([PYTHON], ["    return 1"], "full") or "")
 
 
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("words", ["module a(\n", "module top_module\n", "module a;\n"])
+def test_long_completions_are_read_in_one_pass(words: str) -> None:
+    # Looking for the end of each module anew would take minutes.
+    assert assemble(VERILOG, words * 50_000 + FULL).endswith("endmodule\n")
+
+
 def test_comments_become_spaces_in_their_place() -> None:
     source = 'a /* x\ny */ b // c\n"// no" d'
     plain = without_comments(source)
@@ -81,3 +88,17 @@ def test_comments_become_spaces_in_their_place() -> None:
     assert without_comments(source, strings=True).split() == ["a", "b", "d"]
     for escaped in ('\\a" x \\b" ', "\\a// x", "\\a/* x \\b*/ "):
         assert without_comments(escaped, strings=True) == escaped
+
+
+def test_what_python_wants_first_comes_first() -> None:
+    full = '"""Area."""\nfrom __future__ import annotations\ndef area(r: Unknown):\n    return math.pi\n'
+    for completion in (full, f"\ufeff{full}"):
+        source = assemble(PYTHON, completion)
+        names: dict[str, object] = {}
+        exec(source, names)
+        assert "helper" in names and source.startswith("from __future__ import annotations\n")
+
+
+def test_an_indented_beginning_is_a_body() -> None:
+    assert not is_full(PYTHON, "\n  # pi\n    return 1\n\ndef area(r):\n    return 2\n")
+    assert is_full(PYTHON, "  # pi\ndef area(r):\n    return 2\n")

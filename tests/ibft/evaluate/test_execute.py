@@ -223,6 +223,45 @@ def test_tests_that_need_it_run_beside_the_candidate(tmp_path: Path, sandbox: Sa
     assert len(warnings) == 1 and "candidate's own process" in warnings[0] and "node" in warnings[0]
 
 
+@pytest.mark.parametrize(
+    "passing", [Verdict("timeout", transient=True), Verdict("runtime_error", "its process ended", transient=True)]
+)
+def test_what_passes_does_not_put_a_problem_in_one_process(
+    passing: Verdict, sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is it kept: the next run asks again."""
+    real = python_verdict.judge
+    monkeypatch.setattr(
+        python_verdict, "judge", lambda *given, isolated=True: passing if isolated else real(*given, isolated=False)
+    )
+    run_samples(PROBLEMS, SAMPLES[:1], tmp_path, SETTINGS)
+    stored = json.loads((tmp_path / "references.jsonl").read_text())
+    assert stored["isolated"] and stored["category"] == passing.category
+    monkeypatch.setattr(python_verdict, "judge", real)
+    assert run_samples(PROBLEMS, SAMPLES[:1], tmp_path, SETTINGS) == []
+    assert json.loads((tmp_path / "references.jsonl").read_text())["category"] == "passed"
+
+
+def test_one_wrong_verdict_does_not_put_a_problem_in_one_process(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verdicts = [Verdict("wrong_output"), Verdict("passed")]
+    monkeypatch.setattr(python_verdict, "judge", lambda *given, isolated=True: verdicts.pop(0))
+    assert examine(PROBLEMS[:1], SETTINGS).together == []
+
+
+def test_a_failure_of_the_judging_is_not_kept_as_a_reference(
+    sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = Verdict("harness_error", "did not start", transient=True)
+    monkeypatch.setattr(python_verdict, "judge", lambda *given, isolated=True: failed)
+    with pytest.raises(HarnessError, match=r"canonical solution of 'add/0' could not be judged: did not start"):
+        run_samples(PROBLEMS, SAMPLES[:1], tmp_path, SETTINGS)
+    assert (tmp_path / "references.jsonl").read_text() == ""
+    with pytest.raises(HarnessError):
+        examine(PROBLEMS[:1], SETTINGS)
+
+
 def test_the_doctor_lists_what_does_not_pass(sandbox: Sandbox) -> None:
     diagnosis = examine([*PROBLEMS, problem(8, canonical_solution="    return 0\n"), problem(9, canonical_solution="")])
     assert list(diagnosis.failing) == ["add/8"] and diagnosis.together == []

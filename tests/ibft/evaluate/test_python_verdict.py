@@ -9,7 +9,7 @@ import pytest
 from ibft.evaluate import python_child, python_verdict
 from ibft.evaluate.problems import Problem
 from ibft.evaluate.python_child import CannotCross, decode, encode
-from ibft.evaluate.sandbox import Limits, Sandbox
+from ibft.evaluate.sandbox import Limits, Outcome, Sandbox, choose_sandbox, readable_folders
 
 LIMITS = Limits(wall_seconds=30, cpu_seconds=5, memory_mib=512)
 SQUARE = Problem(
@@ -46,6 +46,23 @@ def test_builtin_values_cross_unchanged(value: Any) -> None:
 
 
 def test_nan_and_views_and_iterators_cross() -> None:
+    import itertools
+
+    class Two:
+        left = 2
+        __iter__ = lambda self: self  # noqa: E731
+
+        def __next__(self) -> int:
+            self.left -= 1
+            if self.left < 0:
+                raise StopIteration
+            return self.left
+
+    assert list(decode(encode(Two()))) == [1, 0]
+    assert list(decode(encode(itertools.chain([1], [2])))) == [1, 2]
+    assert len(decode(encode({1: 2}.values()))) == 1
+    with pytest.raises(python_child.TooLarge):
+        encode(itertools.count())
     assert math.isnan(decode(encode(math.nan)))
     assert decode(encode({1: 2}.keys())) == {1: 2}.keys()
     assert decode(encode({1: 2}.items())) == {1: 2}.items()
@@ -173,3 +190,117 @@ def test_frames_have_a_limit() -> None:
         ours.sendall(b"\xff\xff\xff\xff")
         with pytest.raises(ValueError):
             python_child.receive(theirs)
+
+
+FRAMES = """import json, os, struct, time
+def put(message):
+    frame = json.dumps(message).encode()
+    for n in range(3, 64):
+        try: os.write(n, struct.pack("!I", len(frame)) + frame)
+        except OSError: pass
+"""
+
+
+@pytest.mark.parametrize(
+    "message", [{"failed": 5}, {"failed": [1, 2, 3]}, {"failed": [[], "x"]}, {"ready": 1}, {"started": True}, []]
+)
+def test_forged_frames_are_the_candidates_failure(sandbox: Sandbox, message: Any) -> None:
+    assert category(sandbox, SQUARE, f"{FRAMES}put({message!r})\ntime.sleep(1)") == "runtime_error"
+    forged = f"{FRAMES}put({{'ready': 1}})\nput({{'call': 1, 'raised': 5}})\ntime.sleep(1)"
+    assert category(sandbox, SQUARE, forged) == "runtime_error"
+
+
+def test_large_programs_arguments_and_results_cross(sandbox: Sandbox) -> None:
+    assert category(sandbox, SQUARE, "def f(x):\n    return x * x\n#" + "x" * 1_100_000) == "passed"
+    assert category(sandbox, SQUARE, "#" + "x" * python_child.MAX_FRAME) == "memory"
+    large = replace(SQUARE, test="def check(candidate):\n    assert len(candidate(list(range(100_000)))) == 100_000\n")
+    assert category(sandbox, large, "def f(x):\n    return x") == "passed"
+
+
+def test_what_is_too_large_is_the_fault_of_who_made_it(sandbox: Sandbox) -> None:
+    """No canonical solution is asked here."""
+    too_large = replace(SQUARE, test="def check(candidate):\n    candidate('x' * 17_000_000)\n")
+    assert category(sandbox, too_large, "def f(x):\n    return x") == "harness_error"
+    twice = replace(SQUARE, test="def check(candidate):\n    assert candidate(candidate(2)) == 16\n")
+    deep = "def f(x):\n    a = []\n    for _ in range(100): a = [a]\n    return a"
+    assert category(sandbox, twice, deep) == "wrong_output"
+
+
+def test_no_test_takes_what_cannot_cross_for_an_expected_exception(sandbox: Sandbox) -> None:
+    for caught in ("Exception", "BaseException"):
+        test = f"def check(candidate):\n    try:\n        candidate(3)\n    except {caught}:\n        pass\n"
+        assert category(sandbox, replace(SQUARE, test=test), "def f(x):\n    return object()") == "wrong_output"
+
+
+@pytest.mark.parametrize(
+    ("body", "caught"),
+    [
+        ("class Own(ValueError): pass\n    raise Own('a', 2)", "ValueError as e: assert e.args == ('a', 2)"),
+        ("import json; json.loads('{')", "ValueError: pass"),
+        ("b'\\xff'.decode()", "UnicodeDecodeError as e: assert e.start == 0"),
+        ("return {}['k']", "KeyError as e: assert e.args == ('k',)"),
+        ("raise KeyError(object())", "KeyError: pass"),
+    ],
+)
+def test_exceptions_keep_their_class_and_arguments(sandbox: Sandbox, body: str, caught: str) -> None:
+    test = f"def check(c):\n    try:\n        c(1)\n    except {caught}\n    else:\n        assert False\n"
+    source = "def f(x):\n" + "".join(f"    {line.strip()}\n" for line in body.split("\n"))
+    assert category(sandbox, replace(SQUARE, test=test), source) == "passed"
+
+
+@pytest.mark.parametrize(
+    "words", ["not json", '["passed"]', '["harness_error", "x"]', '["interrupted", ""]', '["missing", ""]', "[[1], {}]"]
+)
+@pytest.mark.parametrize("end", ["os._exit(0)", ""])
+def test_in_one_process_forged_words_are_its_own_failure(sandbox: Sandbox, words: str, end: str) -> None:
+    source = (
+        f"import os\nfor n in range(64):\n    try: os.write(n, {words!r}.encode() + b'\\n')\n"
+        f"    except OSError: pass\n{end}\ndef f(x):\n    return x * x"
+    )
+    assert category(sandbox, SQUARE, source, isolated=False) == "runtime_error"
+
+
+@pytest.mark.parametrize("role", ["candidate", "checker", "together"])
+def test_a_sandbox_that_does_not_start_is_no_ones_failure(
+    sandbox: Sandbox, role: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = python_verdict._command
+
+    def failing(asked: str, descriptor: int | None = None) -> list[str]:
+        return ["sh", "-c", "echo no namespace >&2; exit 1"] if asked == role else command(asked, descriptor)
+
+    monkeypatch.setattr(python_verdict, "_command", failing)
+    verdict = python_verdict.judge(sandbox, SQUARE, "def f(x):\n    return x * x", LIMITS, isolated=role != "together")
+    assert verdict.category == "harness_error" and "no namespace" in verdict.detail and verdict.transient
+
+
+def test_limits_alone_do_not_let_a_candidate_speak_for_the_tests() -> None:
+    unsafe = choose_sandbox(tier="rlimits", readable=readable_folders(python_verdict.INTERPRETER))
+    source = """import os, signal
+def f(x):
+    for p in sorted((int(p) for p in os.listdir("/proc") if p.isdigit()), reverse=True):
+        try:
+            if b"\\0checker\\0" not in open(f"/proc/{p}/cmdline", "rb").read(): continue
+            os.kill(p, signal.SIGSTOP)
+            for n in range(3, 12):
+                try: os.write(os.open(f"/proc/{p}/fd/{n}", os.O_WRONLY), b'["passed", ""]\\n')
+                except OSError: pass
+            os.kill(p, signal.SIGKILL)
+            break
+        except OSError: pass
+    return 7
+"""
+    assert category(unsafe, SQUARE, source) in ("runtime_error", "wrong_output")
+    privileges = "def f(x):\n    raise ValueError(open('/proc/self/status').read().split('CapEff:')[1][:17])"
+    assert "0000000000000000" in python_verdict.judge(unsafe, SQUARE, privileges, LIMITS).detail
+
+
+def test_a_verdict_counts_once_and_of_tests_that_ended_by_themselves() -> None:
+    candidate = Outcome(137, None, b"", b"", 0.0)
+    for code, text, expected in [
+        (0, b'"started"\n["passed", ""]\n', "passed"),
+        (137, b'"started"\n["passed", ""]\n', "runtime_error"),
+        (0, b'"started"\n["wrong_output", ""]\n["passed", ""]\n', "runtime_error"),
+        (1, b"", "harness_error"),
+    ]:
+        assert python_verdict._verdict(Outcome(code, None, text, b"", 0.0), candidate).category == expected

@@ -106,6 +106,8 @@ def test_a_k_that_the_samples_do_not_allow(write: Write) -> None:
         (lambda rows: rows[:-1], "is not finished: 3 of 4 samples are judged"),
         (lambda rows: [], "is not finished: 0 of 4"),
         (lambda rows: [*rows, rows[0]], "line 5: sample 0 of 'p' is not one of the run, or comes twice"),
+        (lambda rows: [{**rows[0], "sample": [0]}, *rows], r"line 1: \[0\] \(list\) is no sample of 'p'"),
+        (lambda rows: [{**rows[0], "task_id": {}}, *rows], "is no sample of {}"),
         (lambda rows: [{**rows[0], "task_id": "z"}, *rows], "sample 0 of 'z' is not one of the run"),
         (lambda rows: [{**rows[0], "category": "harness_error"}, *rows[1:]], "the harness failed"),
         (lambda rows: [{"task_id": "p", "sample": 0}, *rows], "line 1 has no 'category'"),

@@ -97,3 +97,10 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "half.jsonl").write_text('{"task_id": "a", "completion": "x"}\n{"task_id": "a", "compl')
     with pytest.raises(InputError, match="line 2: the file is cut off in this line, its last"):
         read_samples(tmp_path / "half.jsonl", PROBLEMS)
+
+
+def test_lines_that_are_nested_too_deep(tmp_path: Path) -> None:
+    for text, sentence in (("{}\n" + "[" * 100_000, "line 2 is nested too deep"), ("[" * 100_000, "cannot be read")):
+        (tmp_path / "deep.jsonl").write_text(text.replace("{}", '{"task_id": "a", "completion": "x"}'))
+        with pytest.raises(InputError, match=sentence):
+            read_samples(tmp_path / "deep.jsonl", PROBLEMS)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from ibft.errors import HarnessError
 from ibft.evaluate import verilog_verdict
 from ibft.evaluate.problems import Problem, load_problems
 from ibft.evaluate.sandbox import Limits, Outcome, Sandbox, choose_sandbox
@@ -36,6 +37,7 @@ NONE, SOME = "Hint: Total mismatched samples is 0\nMismatches: 0 in 20 samples\n
         (ended(" " + SOME.replace("3", "0")), "suspicious"),
         (ended("Mismatches: 0 in 20 samples!\n"), "suspicious"),
         (ended("nothing\n"), "runtime_error"),
+        (ended(NONE, "design.sv:1: warning: input port a is coerced to inout."), "suspicious"),
         (ended(NONE, exit_code=1), "runtime_error"),
         (ended(NONE, exit_code=139), "runtime_error"),
         (ended("", "design.sv:3: syntax error", 97), "syntax_error"),
@@ -87,7 +89,7 @@ PROBLEM = Problem("p", "verilog", "module top_module(input a);\n", "endmodule", 
             "$dumpfile(f);",
             "$readmemh(f);",
         ),
-        *("`include <x>", "` include <x>", "`define x(a) a``b", "initial stats1 = 0;", "/* */ $finish"),
+        *("`include <x>", "` include <x>", "`define x(a) b", "`pragma x", "initial stats1 = 0;", "/* */ $finish"),
         *('wire \\a" ; initial $finish; wire \\b" ;', "wire \\a/* ; assign x = good1.y; wire \\b*/ ;"),
     ],
 )
@@ -106,9 +108,12 @@ def test_what_reaches_beyond_a_design_is_suspicious(design: str) -> None:
         ),
         *(
             "initial $display(a);",
-            "`define X 1\nassign y = `X;",
+            "`timescale 1ns / 1ps // a\n`default_nettype none",
             "assign y = $signed(a) + $clog2(8);",
             "sub tb1 (.a(a));",
+            "wire stim1, good1;",
+            "real r; initial r = $log10(10.0);",
+            "supply0 gnd;",
         ),
     ],
 )
@@ -139,6 +144,44 @@ def test_a_real_testbench_tells_right_from_wrong(
     warned = right.replace("endmodule", "\twire [1:0] x; sub s(.a(in)); \nendmodule\nmodule sub(input a); endmodule")
     assert judge(sandbox, gates, warned, LIMITS, rule="strict", samples=samples).category == "passed"
     assert judge(sandbox, gates, warned, LIMITS, rule="v1", samples=samples).category == "compile_error"
+
+
+GOOD = "assign y = a & b;\nendmodule\n"
+AND_BENCH = """module tb();
+  reg a = 0, b = 0; wire y;
+  top_module top_module1 (.a, .b, .y);
+  initial begin #1 a = 1; b = 1; #1 if (y === 1) $display("Mismatches: 0 in 1 samples"); end
+endmodule
+"""
+AND = Problem("and", "verilog", "module top_module(input a, input b, output y);\n", GOOD, AND_BENCH)
+
+
+@pytest.mark.parametrize(
+    ("design", "category"),
+    [
+        (f"{AND.prompt}{GOOD}", "passed"),
+        (f"// a\r{AND.prompt}{GOOD}".replace("\n", "\r\n"), "passed"),
+        (f"`define B b\n`timescale 1ns/1ns\n{AND.prompt}{GOOD.replace('& b', '& `B')}", "passed"),
+        (f"```verilog\n{AND.prompt}{GOOD}```\n", "compile_error"),
+    ],
+)
+def test_designs_are_judged_as_the_compiler_reads_them(
+    sandbox: Sandbox, iverilog: None, design: str, category: str
+) -> None:
+    verdict = judge(sandbox, AND, design, LIMITS, samples=1)
+    assert verdict.category == category and ("fence" in verdict.detail) == ("```" in design)
+
+
+def test_a_sandbox_that_fails_is_no_verdict_on_the_design(
+    sandbox: Sandbox, iverilog: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = ended("", "bwrap: Creating new namespace failed: No space left on device", 1)
+    monkeypatch.setattr(Sandbox, "run", lambda *args, **options: failed)
+    for rule in ("strict", "v1"):
+        with pytest.raises(HarnessError, match="namespace failed"):
+            judge(sandbox, AND, f"{AND.prompt}{GOOD}", LIMITS, rule=rule)
+        with pytest.raises(HarnessError):
+            reference(sandbox, AND, f"{AND.prompt}{GOOD}", LIMITS, rule=rule)
 
 
 def test_versions_name_the_simulator(iverilog: None) -> None:

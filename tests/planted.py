@@ -183,3 +183,27 @@ def spoil_gradient(rank: int, step: int, file: str) -> None:
         return loop(run, *rest)
 
     ibft.train._loop = watched
+
+
+def count_owners_of_reducer(file: str) -> None:
+    """Writes who else holds DDP's reducer, and its logger, which does too, when the process group is left."""
+    import torch.distributed as dist
+
+    import ibft.engines.ddp as ddp
+
+    wrap, leave = ddp.DataParallel.wrap, dist.destroy_process_group
+    kept: list[Any] = []
+
+    def wrapped(*arguments: Any) -> Any:
+        module: Any = wrap(*arguments)
+        kept.extend((module.reducer, module.logger))
+        return module
+
+    def counted() -> None:
+        owners = [sys.getrefcount(kept[index]) - 2 for index in range(len(kept))]  # but this list, and the argument
+        with open(file, "w") as opened:
+            opened.write(str(owners))
+        leave()
+
+    ddp.DataParallel.wrap = wrapped  # type: ignore[method-assign]
+    dist.destroy_process_group = counted

@@ -5,6 +5,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import socket
+import sys
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
@@ -112,7 +113,7 @@ def _train(
         except BaseException:
             traceback.print_exc()
             code = 70
-    os._exit(code)  # threads of a library may keep a forked interpreter from ending, which is not what is tested
+    sys.exit(code)
 
 
 def _free_port() -> int:

@@ -19,6 +19,7 @@ class DataParallel(Distributed):
     def __init__(self, device: torch.device, timeout: timedelta) -> None:
         super().__init__(device, timeout)
         self.name = f"DDP, {self._group}"
+        self._wrapped: Any = None
 
     def wrap(self, model: nn.Module, optimizer: Optimizer) -> nn.Module:
         """Wraps in DistributedDataParallel."""
@@ -34,3 +35,14 @@ class DataParallel(Distributed):
     def micro_batch(self, last: bool) -> AbstractContextManager[None]:
         """no_sync on all but the last."""
         return nullcontext() if last else self._wrapped.no_sync()
+
+    def close(self) -> None:
+        """Leaves the process group, and drops DDP's reducer first.
+
+        The group's destructor waits for gloo's threads, which may need the GIL to let go of their last tensors.
+        Python's handles of the group release the GIL while they wait; the reducer, if it were the last owner, would
+        not, and the process would never end.
+        """
+        if self._wrapped is not None:
+            self._wrapped.reducer = self._wrapped.logger = None
+        super().close()

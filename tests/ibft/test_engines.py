@@ -189,6 +189,20 @@ def test_processes_that_build_another_model_are_told(
     assert "do not give the model that its config.json describes" in training.output()
 
 
+def test_nothing_but_python_holds_the_process_group_when_it_is_left(
+    bases: dict[str, Path], folder: Path, tmp_path: Path
+) -> None:
+    """DDP's reducer would wait for gloo's threads with the GIL held, which they may need: processes never ended."""
+    Training(
+        f"--base_model {bases['untied']} --dataset {folder}/rows.jsonl --output_dir {tmp_path / 'out'} --max_steps 1 "
+        f"{SIZES} --engine ddp",
+        tmp_path / "log",
+        before=planted.count_owners_of_reducer,
+        before_arguments=(str(tmp_path / "owners"),),
+    ).succeed()
+    assert json.loads((tmp_path / "owners").read_text()) == [0, 0]
+
+
 def test_deepspeeds_published_file(
     base_folder: Path,
     tasks_file: Path,

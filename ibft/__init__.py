@@ -3,9 +3,10 @@
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["IBConfig", "IBModel", "IBOutput", "InputError", "__version__"]
+__all__ = ["IBConfig", "IBModel", "IBOutput", "InputError", "ObjectiveCallback", "__version__"]
 
 if TYPE_CHECKING:
+    from ibft.callback import ObjectiveCallback
     from ibft.errors import InputError
     from ibft.model import IBModel, IBOutput
     from ibft.objective import IBConfig
@@ -15,6 +16,7 @@ _HOMES = {
     "IBModel": "ibft.model",
     "IBOutput": "ibft.model",
     "InputError": "ibft.errors",
+    "ObjectiveCallback": "ibft.callback",
 }
 
 

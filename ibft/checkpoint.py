@@ -4,6 +4,7 @@ A checkpoint is written under a temporary name, flushed, and renamed; checkpoint
 with their digests. Weights and optimizer state are whole tensors by name.
 """
 
+import dataclasses
 import hashlib
 import json
 import pickle
@@ -18,9 +19,12 @@ from safetensors import SafetensorError
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from ibft.config import TrainConfig
 from ibft.engines import Engine
 from ibft.errors import InputError
+from ibft.flags import REQUIRED, default_of
 from ibft.model import HEAD_NAME, IBModel
+from ibft.objective import STATE_NAME, IBConfig
 from ibft.run_folder import MARK_NAME, checkpoints, flush, flush_folder, remove_checkpoint, write_json
 
 _STATE_NAME = "state.pt"
@@ -34,6 +38,7 @@ _FREE_TO_CHANGE = {
     *("gradient_checkpointing", "profile", "peak_tflops"),
     # Where things came from, and how they were asked for: what came of it is compared.
     *("base_model", "dataset", "training_config", "adapter_config", "preset", "dtype", "use_cpu"),
+    *("memorization_scores", "drop_memorized", "memorization_measure"),
     *("per_device_train_batch_size", "tokens_per_batch", "gradient_accumulation_steps"),
     *("max_steps", "num_train_epochs"),
 }
@@ -113,7 +118,10 @@ def check_run(checkpoint: Checkpoint, run: dict[str, Any], unknown: Set[str] = f
 
     What is `unknown` of the run is not compared.
     """
-    if differences := _differences(checkpoint.run, run, unknown):
+    before = {**_defaults(TrainConfig), **checkpoint.run}
+    if before.get("ib") is not None:
+        before["ib"] = {**_defaults(IBConfig), **before["ib"]}
+    if differences := _differences(before, run, unknown):
         raise InputError(f"{checkpoint.path} is of a different run; resuming would mix them: {'; '.join(differences)}.")
 
 
@@ -131,7 +139,9 @@ def load_weights(checkpoint: Checkpoint, model: IBModel) -> None:
 def load_state(
     checkpoint: Checkpoint, engine: Engine, model: IBModel, optimizer: Optimizer, schedule: LRScheduler
 ) -> None:
-    """Optimizer, schedule and this rank's random generators. Raises InputError when they cannot be read."""
+    """Optimizer, schedules and this rank's random generators. Raises InputError when they cannot be read."""
+    if model.objective is not None and model.objective.varies:
+        model.objective.load(checkpoint.path / STATE_NAME)
     file = checkpoint.path / _STATE_NAME
     try:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)  # every rank reads its part
@@ -159,6 +169,12 @@ def _generators(engine: Engine) -> dict[str, torch.Tensor]:
 def _digest(file: Path) -> str:
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _defaults(settings: type) -> dict[str, Any]:
+    """What an older version's run did about options that it did not have yet; as JSON gives it back."""
+    defaults = {field.name: default_of(field) for field in dataclasses.fields(settings)}
+    return json.loads(json.dumps({name: value for name, value in defaults.items() if value is not REQUIRED}))
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], unknown: Set[str]) -> list[str]:

@@ -44,6 +44,8 @@ SEED: Check = (lambda v: 0 <= v < 2**63, "between 0 and 2**63 - 1")
 Scheduler = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
 ]
+# The scores that `ibft memorization` gives a row.
+Measure = Literal["min_k", "min_k_plus_plus", "mean_log_prob"]
 
 
 _model, _data, _method = partial(flag, "model"), partial(flag, "data"), partial(flag, "method")
@@ -89,6 +91,13 @@ class TrainConfig:
     )
     validation_column: str | None = _data(None, "column whose cells say train, validation or test", NOT_EMPTY)
     validation_dataset: str | None = _data(None, "dataset to validate on", NOT_EMPTY)
+    memorization_scores: str | None = _data(
+        None, "file of `ibft memorization score`, by which --drop_memorized goes", NOT_EMPTY
+    )
+    drop_memorized: str | None = _data(
+        None, "leave out the rows best known to a model: 10%, 200, or 'above -0.5'", NOT_EMPTY
+    )
+    memorization_measure: Measure = _data("min_k", "the score by which --drop_memorized goes")  # noqa: RUF009
     max_length: int = _data(2048, "tokens in a row", AT_LEAST_2)
     packing: Literal["best-fit", "none"] = _data("best-fit", "none: one padded document a row")
     bos: Literal["auto", "yes", "no"] = _data("auto", "begin documents with BOS; auto: as the tokenizer does")
@@ -97,8 +106,12 @@ class TrainConfig:
     streaming: bool = _data(False, "refused: the plan of a run needs the whole dataset")
 
     method: Literal["ib", "sft"] = _method("ib", "ib: with the information bottleneck; sft: cross-entropy alone")
-    alpha: float = _ib(0.2, "in loss = CE + alpha * (KL + beta * CE_ib)", NOT_NEGATIVE)
-    beta: float = _ib(0.01, "in loss = CE + alpha * (KL + beta * CE_ib)", NOT_NEGATIVE)
+    alpha: float = _ib(0.2, "in loss = CE + alpha * (kl_weight * KL + beta * CE_ib)", NOT_NEGATIVE)
+    beta: float = _ib(0.01, "in loss = CE + alpha * (kl_weight * KL + beta * CE_ib)", NOT_NEGATIVE)
+    alpha_warmup_steps: int = _ib(0, "optimizer steps over which alpha rises linearly from 0", NOT_NEGATIVE)
+    kl_weight: float = _ib(1.0, "in the loss; 0: without KL", NOT_NEGATIVE)
+    free_bits: float = _ib(0.0, "nats of KL per token that cost nothing", NOT_NEGATIVE)
+    ib_rate_target: float | None = _ib(None, "nats of KL per token, held by adapting kl_weight", POSITIVE)
     target_layer: int | None = _ib(None, "compress this layer's output, from 1; if not given, 20/32 up", AT_LEAST_1)
     bottleneck_dim: int = _ib(256, "width K of the bottleneck", AT_LEAST_1)
     encoder: Literal["linear", "lora"] = _ib("linear", "full or low-rank map into the bottleneck")
@@ -154,9 +167,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if type(self.validation_split) in (int, float):  # a file may say 0.05 where a flag says "0.05"
             object.__setattr__(self, "validation_split", str(self.validation_split))
+        if type(self.drop_memorized) is int:  # likewise
+            object.__setattr__(self, "drop_memorized", str(self.drop_memorized))
         check_fields(self)
         for name in ("base_model", "validation_dataset", "output_dir", "training_config", "adapter_config",
-                     "deepspeed_config"):  # fmt: skip
+                     "deepspeed_config", "memorization_scores"):  # fmt: skip
             if (getattr(self, name) or "").startswith("~"):  # the shell leaves it alone in --output_dir=~/run
                 object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))
         homes = [os.path.expanduser(name) if name.startswith("~") else name for name in self.dataset]
@@ -171,6 +186,10 @@ class TrainConfig:
                 f"--tokens_per_batch must be a multiple of --max_length ({self.max_length}), "
                 f"not {self.tokens_per_batch}."
             )
+        if self.method == "ib" and self.ib_rate_target is not None:
+            from ibft.objective import check_rate_target  # imports torch
+
+            check_rate_target(self)
         if self.encoder_rank is not None and self.encoder != "lora":
             raise InputError(f"--encoder_rank {self.encoder_rank} needs --encoder lora; the encoder is {self.encoder}.")
         if self.attn_implementation.startswith("flash_attention") and self.use_cpu:
@@ -218,6 +237,15 @@ class TrainConfig:
             )
         if self.separator is not None and self.format == "chat":
             raise InputError("--separator has no place in --format chat: the chat template writes what stands between.")
+        if (self.memorization_scores is None) != (self.drop_memorized is None):
+            raise InputError(
+                "--memorization_scores FILE and --drop_memorized 10% belong together: the first says how well each row "
+                "is known, the second how many rows are left out."
+            )
+        if self.drop_memorized is not None:
+            from ibft.data.memorized import Drop  # imports pyarrow and datasets
+
+            Drop.read(self.drop_memorized, "--drop_memorized")
         ways = ("validation_split", "validation_column", "validation_dataset")
         if len(given := [name for name in ways if getattr(self, name) is not None]) > 1:
             raise InputError(f"--{given[0]} and --{given[1]} both say what to validate on; give one of them.")

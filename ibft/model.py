@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ibft.architecture import CausalLM, LayerTap
 from ibft.errors import InputError
-from ibft.objective import CONFIG_NAME, IBConfig, active_share, weigh_terms
+from ibft.objective import CONFIG_NAME, STATE_NAME, IBConfig, Objective, active_share, free_nats
 from ibft.output import DeferredLogits, IBOutput, fused_head_output
 from ibkernels import VariationalBottleneck, linear_cross_entropy
 
@@ -30,10 +30,13 @@ class IBModel(PeftModelForCausalLM):
     """A `PeftModelForCausalLM` whose loss is that of information-bottleneck fine-tuning.
 
     Make one with `from_base` or `from_pretrained`. With `ib=None` it is plain supervised fine-tuning through the same
-    memory-lean loss. `bottleneck` (a `VariationalBottleneck`, or None) holds the auxiliary parameters, in float32.
+    memory-lean loss. `bottleneck` (a `VariationalBottleneck`, or None) holds the auxiliary parameters, in float32, and
+    `objective` (an `Objective`, or None) the weights of its terms: where they vary, call `step_objective` after each
+    optimizer step (Trainer: `callbacks=[ObjectiveCallback()]`).
     """
 
     bottleneck: VariationalBottleneck | None
+    objective: Objective | None
 
     def __init__(
         self,
@@ -70,6 +73,7 @@ class IBModel(PeftModelForCausalLM):
             self.base_model.unload()  # the base model is the caller's: give it back as it was
             raise
         self.ib_config = ib
+        self.objective = None if ib is None else Objective(ib)
         self.bottleneck = None
         self._tap = LayerTap()
         if ib is None:
@@ -203,7 +207,7 @@ class IBModel(PeftModelForCausalLM):
             terms |= {"entropy_sum": stats.entropy_sum, "num_correct_tokens": stats.num_correct}
             if not torch.compiler.is_compiling():
                 terms["logits"] = DeferredLogits(last, parts)
-        if bottleneck is not None and self.ib_config is not None:
+        if bottleneck is not None and self.ib_config is not None and self.objective is not None:
             hidden = self._tap.take() if self._tap.attached else last
             rows = torch.arange(labels.numel(), device=labels.device) if noise_rows is None else noise_rows
             mask = _token_mask(token_mask, attention_mask, labels)
@@ -211,20 +215,28 @@ class IBModel(PeftModelForCausalLM):
                 mask = positions.targets != -100
             hidden, rows = self._tapped(hidden, rows.reshape(-1, 1), positions if by_label else None)
             z, token_kl = bottleneck(hidden, rng=noise_rng, rows=rows)  # [N, K], [N]
-            kl = torch.where(mask, token_kl, 0).sum()
-            if by_label:
-                kl = kl / num_items
-            elif num_kl_items_in_batch is not None:
-                kl = kl / _count(num_kl_items_in_batch, last)
-            else:
-                kl = kl / _count(mask.sum(), last) * num_labels / num_items
+            kl_sum = torch.where(mask, token_kl, 0).sum()
+            if torch.is_grad_enabled():
+                self.objective.observe(kl_sum, mask.sum(), bottleneck.up_weight)
+
+            def step_mean(total: Tensor) -> Tensor:
+                if by_label:
+                    return total / num_items
+                if num_kl_items_in_batch is not None:
+                    return total / _count(num_kl_items_in_batch, last)
+                return total / _count(mask.sum(), last) * num_labels / num_items
+
+            kl = penalty = step_mean(kl_sum)
+            if self.ib_config.free_bits:
+                free = self.ib_config.free_bits / self.ib_config.nats_scale
+                penalty = step_mean(torch.where(mask, free_nats(token_kl, free), 0).sum())
             ce_ib = cast(
                 Tensor,  # without return_stats
                 bottleneck.cross_entropy(
                     z if by_label else positions.of(z), parts.head.weight, positions.targets, num_items=num_items
                 ),
             )
-            loss = weigh_terms(ce, kl, ce_ib, self.ib_config)
+            loss = self.objective.loss(ce, penalty, ce_ib)
             terms |= {"kl": kl.detach(), "ce_ib": ce_ib.detach()}
             if return_active_share:
                 with torch.no_grad():
@@ -241,7 +253,7 @@ class IBModel(PeftModelForCausalLM):
             if isinstance(config.target_modules, set):  # in an order that changes from one process to the next
                 config.target_modules = sorted(config.target_modules)
         super().save_pretrained(str(save_directory), state_dict=adapter, **kwargs)
-        if self.ib_config is None or not kwargs.get("is_main_process", True):
+        if self.ib_config is None or self.objective is None or not kwargs.get("is_main_process", True):
             return
         head = {
             name.removeprefix(_PREFIX): tensor.detach().contiguous()
@@ -250,19 +262,32 @@ class IBModel(PeftModelForCausalLM):
         }
         save_file(head, Path(save_directory) / HEAD_NAME, metadata={"format": "pt"})
         self.ib_config.save(save_directory)
+        self.objective.save(save_directory)
 
     def load_adapter(self, model_id: str | Path, adapter_name: str, is_trainable: bool = False, **kwargs: Any) -> Any:
-        """As PEFT's, and the bottleneck's weights where the folder or repository has them."""
+        """As PEFT's, with the bottleneck's weights, and where the weights of the objective had got to."""
+        hub = {name: value for name, value in kwargs.items() if name in _HUB_ARGUMENTS}
         result = super().load_adapter(str(model_id), adapter_name, is_trainable=is_trainable, **kwargs)
         if self.bottleneck is not None:
-            file = _locate(str(model_id), HEAD_NAME, {n: v for n, v in kwargs.items() if n in _HUB_ARGUMENTS})
+            file = _locate(str(model_id), HEAD_NAME, hub)
             if file is None:
                 raise InputError(
                     f"{model_id} has no {HEAD_NAME}: it holds a plain adapter, load that with ib=None (SFT)."
                 )
             self.bottleneck.load_state_dict(load_file(file))
             self.bottleneck.requires_grad_(is_trainable)
+        objective = self.objective
+        if objective is not None and objective.varies and (file := _locate(str(model_id), STATE_NAME, hub)) is not None:
+            objective.load(file)
         return result
+
+    def step_objective(self) -> None:
+        """Moves alpha's warm-up and the adapted KL weight on, after each optimizer step; nothing where they are fixed.
+
+        With an ib_rate_target it is collective: every process of the default group must call it.
+        """
+        if self.objective is not None:
+            self.objective.step()
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
         """The base model with the adapter merged in, and no trace of the bottleneck."""
@@ -276,7 +301,7 @@ class IBModel(PeftModelForCausalLM):
 
     def _detach(self) -> None:
         self._tap.remove()
-        self.bottleneck = self.ib_config = None
+        self.bottleneck = self.ib_config = self.objective = None
 
     def _replicate_for_data_parallel(self) -> Any:
         raise InputError(

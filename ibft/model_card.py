@@ -55,6 +55,10 @@ _BOTTLENECK = {
     "encoder_rank": "rank of that map",
     "alpha": "weight of KL + beta * CE_ib",
     "beta": "weight of CE_ib",
+    "alpha_warmup_steps": "optimizer steps over which alpha rose from 0",
+    "kl_weight": "weight of KL within",
+    "free_bits": "nats of KL per token that cost nothing",
+    "ib_rate_target": "nats of KL per token, held by adapting kl_weight",
     "kl_tokens": "tokens over which KL is averaged",
     "kl_reduction": "KL over the K dimensions (sum: nats)",
     "logvar_range": "clamp of the log-variance",
@@ -208,13 +212,17 @@ def _training(record: Mapping[str, Any], kind: Kind) -> list[str]:
         lines.append(f"- fingerprint of the tokens: `{data['fingerprint']}`")
     lines += ["", "### Method", ""]
     if ib:
+        unused = {name for name in ("alpha_warmup_steps", "free_bits", "ib_rate_target") if not ib.get(name)}
+        unused |= {"encoder_rank"} if ib.get("encoder") != "lora" else set()
+        unused |= {"kl_weight"} if ib.get("kl_weight") == 1 and "ib_rate_target" in unused else set()
+        kl = "KL" if "kl_weight" in unused or "kl_weight" not in ib else "kl_weight * KL"
         lines += [
-            "`loss = CE + alpha * (KL + beta * CE_ib)`: CE is the model's cross-entropy; the bottleneck maps one "
+            f"`loss = CE + alpha * ({kl} + beta * CE_ib)`: CE is the model's cross-entropy; the bottleneck maps one "
             "layer's hidden states to a Gaussian z, KL is that Gaussian's divergence from N(0, 1), and CE_ib the "
             "cross-entropy of what z alone predicts. It shapes training only: inference runs the model without it.",
             "",
         ]
-        shown = {name: value for name, value in ib.items() if name != "encoder_rank" or ib.get("encoder") == "lora"}
+        shown = {name: value for name, value in ib.items() if name not in unused}
         lines += [*_table(shown, _BOTTLENECK), ""]
     else:
         lines += ["`loss = CE`, the cross-entropy of the responses.", ""]

@@ -127,9 +127,18 @@ def _method(run: "Run") -> str:
     if ib is None:
         return "sft: cross-entropy alone"
     encoder = "linear" if ib.encoder == "linear" else f"lora of rank {ib.encoder_rank}"
+    weight = "" if ib.kl_weight == 1 else f"{ib.kl_weight:g} * "
+    more = []
+    if ib.alpha_warmup_steps:
+        more.append(f"alpha rising for {ib.alpha_warmup_steps} steps, ")
+    if ib.free_bits:
+        more.append(f"{ib.free_bits:g} nats of KL per token free, ")
+    if ib.ib_rate_target is not None:
+        weight = "kl_weight * "
+        more.append(f"kl_weight from {ib.kl_weight:g} on such that KL is {ib.ib_rate_target:g} nats per token, ")
     return (
-        f"ib: CE + {ib.alpha:g} * (KL + {ib.beta:g} * CE_ib), bottleneck of {ib.bottleneck_dim} dimensions on layer "
-        f"{ib.target_layer} ({encoder} encoder)"
+        f"ib: CE + {ib.alpha:g} * ({weight}KL + {ib.beta:g} * CE_ib), {''.join(more)}bottleneck of {ib.bottleneck_dim} "
+        f"dimensions on layer {ib.target_layer} ({encoder} encoder)"
     )
 
 

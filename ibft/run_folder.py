@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from ibft.errors import InputError, SavingFailed
 from ibft.model import HEAD_NAME, IBModel
 from ibft.model_card import CARD_NAME, may_replace, render_card
-from ibft.objective import CONFIG_NAME
+from ibft.objective import CONFIG_NAME, STATE_NAME
 from ibft.tracking import TENSORBOARD_FOLDER
 
 RECORD_NAME = "ibft.json"
@@ -147,7 +147,7 @@ def clear_output(folder: Path) -> None:
         remove_checkpoint(checkpoint)
     remove_partial(folder)
     for name in (
-        *(RECORD_NAME, METRICS_NAME, INTERRUPTED_NAME, HEAD_NAME, CONFIG_NAME),
+        *(RECORD_NAME, METRICS_NAME, INTERRUPTED_NAME, HEAD_NAME, CONFIG_NAME, STATE_NAME),
         *("adapter_model.safetensors", "adapter_config.json"),
     ):
         (folder / name).unlink(missing_ok=True)

@@ -25,6 +25,7 @@ class StepRecord(NamedTuple):
     num_labels: int
     learning_rate: Any
     scalars: Tensor  # loss, ce, kl, ce_ib, gradient norm; on the device
+    weights: dict[str, float | Tensor]  # those of the objective that vary, as they were in this step
 
 
 def stack_terms(output: IBOutput) -> Tensor:
@@ -38,10 +39,10 @@ def to_host(
     run: "Run", window: list[StepRecord], share: Tensor | None, speeds: Sequence[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """The records of metrics.jsonl: one transfer for the whole window. `share` belongs to its last step."""
-    values = torch.stack([record.scalars for record in window]).tolist()
+    values = torch.stack([torch.cat([record.scalars, *_on_device(record.weights)]) for record in window]).tolist()
     ib = run.model.ib_config
     records = []
-    for record, speed, (loss, ce, kl, ce_ib, grad_norm) in zip(window, speeds, values, strict=True):
+    for record, speed, (loss, ce, kl, ce_ib, grad_norm, *adapted) in zip(window, speeds, values, strict=True):
         records.append(
             {
                 "step": record.step,
@@ -49,7 +50,7 @@ def to_host(
                 "loss": loss,
                 "ce": ce,
                 "kl": kl if ib else None,
-                "kl_nats": kl * (ib.bottleneck_dim if ib.kl_reduction == "mean" else 1) if ib else None,
+                "kl_nats": kl * ib.nats_scale if ib else None,
                 "ce_ib": ce_ib if ib else None,
                 "active_share": None,
                 "eval_loss": None,
@@ -57,12 +58,17 @@ def to_host(
                 "learning_rate": record.learning_rate,
                 "tokens": record.num_tokens,
                 "label_tokens": record.num_labels,
+                **{name: adapted.pop(0) if isinstance(w, Tensor) else w for name, w in record.weights.items()},
                 **speed,
             }
         )
     if share is not None and not math.isnan(value := share.item()):
         records[-1]["active_share"] = value
     return records
+
+
+def _on_device(weights: dict[str, float | Tensor]) -> list[Tensor]:
+    return [weight.reshape(1) for weight in weights.values() if isinstance(weight, Tensor)]
 
 
 _CHECKED = ("loss", "ce", "kl", "ce_ib", "grad_norm")

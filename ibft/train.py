@@ -173,10 +173,12 @@ def _loop(run: Run, metrics: Metrics | None, signals: StopSignals, profiler: Any
         grad_norm, diverged = engine.step(optimizer, config.max_grad_norm, diverged)
         learning_rate = run.schedule.get_last_lr()[0]
         run.schedule.step()
+        weights = {} if run.model.objective is None else run.model.objective.varying()
+        run.model.step_objective()
         noise_rng = noise_rng + one_step
 
         scalars = torch.cat([terms, grad_norm.float().reshape(1)])
-        window.append(StepRecord(done, documents, num_tokens, num_labels, learning_rate, scalars))
+        window.append(StepRecord(done, documents, num_tokens, num_labels, learning_rate, scalars, weights))
         speed.mark("optimizer")
         if profiler is not None:
             profiler.step()

@@ -72,7 +72,7 @@ def wrap(model: PreTrainedModel, ib: IBConfig | None, **lora: Any) -> IBModel:
 
 
 class EagerTerms(NamedTuple):
-    """Sums over tokens, and the counts to divide them by."""
+    """Sums over tokens, and the counts to divide them by; kl is what is paid, beyond the free bits."""
 
     ce: Tensor
     kl: Tensor
@@ -84,7 +84,7 @@ class EagerTerms(NamedTuple):
         """The objective, as the paper writes it."""
         kl_count = self.num_labels if ib.kl_tokens == "labels" else self.num_tokens
         ce_ib = self.ce_ib / self.num_labels
-        return self.ce / self.num_labels + ib.alpha * (self.kl / kl_count + ib.beta * ce_ib)
+        return self.ce / self.num_labels + ib.alpha * (ib.kl_weight * self.kl / kl_count + ib.beta * ce_ib)
 
 
 def eager_terms(model: IBModel, batch: dict[str, Tensor], rng: Tensor | None) -> EagerTerms:
@@ -110,7 +110,9 @@ def eager_terms(model: IBModel, batch: dict[str, Tensor], rng: Tensor | None) ->
         eps = reference.noise(rng, rows.reshape(-1), ib.bottleneck_dim, torch.float64).view_as(mu)
         z = mu + torch.exp(logvar / 2) * eps
     kl = 0.5 * (mu**2 + logvar.exp() - 1 - logvar)
-    kl = kl.mean(-1) if ib.kl_reduction == "mean" else kl.sum(-1)  # [B, T]
+    nats = kl.sum(-1)  # [B, T]
+    nats = torch.where(nats > ib.free_bits, nats - ib.free_bits, 0 * nats)
+    kl = nats / ib.bottleneck_dim if ib.kl_reduction == "mean" else nats
     mask = batch.get("token_mask", torch.ones_like(batch["labels"])).bool()
     chosen = counted if ib.kl_tokens == "labels" else mask
     kl_sum = (kl[:, :-1] if ib.kl_tokens == "labels" else kl)[chosen].sum()

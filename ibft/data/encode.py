@@ -43,8 +43,8 @@ class Document(NamedTuple):
 class EncodeReport:
     """What became of the rows: rows = kept + dropped_too_long + dropped_empty, and shortened is part of kept.
 
-    `datasets` are (name, rows taken from it in an epoch, its weight); `left_out` counts the rows that say they are
-    test rows; `split_conversations` those that became one for each of their answers.
+    `datasets` are (name, rows taken from it in an epoch, its weight). Counted too are the rows `left_out` because they
+    say that they are test rows, or as `memorized`, and `split_conversations` that became one for each of their answers.
     """
 
     rows: int
@@ -59,6 +59,7 @@ class EncodeReport:
     chat: bool = False
     datasets: tuple[tuple[str, int, float], ...] = ()
     left_out: int = 0
+    memorized: int = 0
     split_conversations: int = 0
 
     def lines(self) -> list[str]:
@@ -75,6 +76,8 @@ class EncodeReport:
         )
         if self.left_out:
             lines.append(f"{self.left_out:,} rows left out, which say that they are for testing")
+        if self.memorized:
+            lines.append(f"{self.memorized:,} rows left out as the most memorised")
         if self.split_conversations:
             lines.append(
                 f"{self.split_conversations:,} conversations became one for each answer, because the chat template "
@@ -99,6 +102,7 @@ class Origin(NamedTuple):
     source_rows: np.ndarray
     datasets: tuple[tuple[str, int, float], ...] = ()
     left_out: int = 0
+    memorized: int = 0
     split_conversations: int = 0
 
 
@@ -160,9 +164,9 @@ def encode(
         with_bos = _puts_bos(tokenizer, bos, name)
         encoder = TextEncoder(tokenizer, with_bos, max_length, overlong, separator)
         prompt_format = {"kind": "text", "separator": separator, "bos": with_bos, "eos": True}
-    directory = tempfile.TemporaryDirectory(prefix="ibft-tokens-")
-    try:
-        dataset = _map(rows, encoder, num_proc, Path(directory.name) / "tokens.arrow")
+    try:  # the file is gone once it is mapped, so that no end of the process, kill -9 included, leaves it behind
+        with tempfile.TemporaryDirectory(prefix="ibft-tokens-") as folder:
+            dataset = _map(rows, encoder, num_proc, Path(folder) / "tokens.arrow")
     except OSError as error:
         raise InputError(
             f"The tokens cannot be written to {tempfile.gettempdir()}, the folder for temporary files: "
@@ -170,18 +174,18 @@ def encode(
         ) from error
     if isinstance(encoder, ChatEncoder):  # after the rows, whose refusals name the row
         prompt_format |= encoder.template.description
-    return EncodedDataset(
-        dataset, prompt_format=prompt_format, max_length=max_length, directory=directory, order=order, origin=origin
-    )
+    return EncodedDataset(dataset, prompt_format=prompt_format, max_length=max_length, order=order, origin=origin)
 
 
 class EncodedDataset:
     """The documents in the order of their rows, memory-mapped; dropped rows are skipped.
 
-    `lengths`, `label_tokens`: [documents] int64, tokens and labels of each document (at least 2 and 1). `report` says
-    what was dropped or shortened. `prompt_format` (JSON-able) says how a prompt must be built for a model trained on
-    this: `kind` "text" or "chat", the text's `separator`, whether documents begin with BOS (`bos`) and EOS is appended
-    (`eos`); for "chat", `template` and its `template_sha256`, and the `end_of_turn` at which an answer is complete.
+    `lengths`, `label_tokens`: [documents] int64, tokens and labels of each document (at least 2 and 1). `example_ids`,
+    `sources`, `source_rows`: [documents] int64; document i comes from row source_rows[i] of names[sources[i]]. `report`
+    says what was dropped or shortened. `prompt_format` (JSON-able) says how a prompt must be built for a model trained
+    on this: `kind` "text" or "chat", the text's `separator`, whether documents begin with BOS (`bos`) and EOS is
+    appended (`eos`); for "chat", `template` and its `template_sha256`, and the `end_of_turn` at which an answer is
+    complete.
     """
 
     def __init__(
@@ -190,24 +194,23 @@ class EncodedDataset:
         *,
         prompt_format: dict[str, Any],
         max_length: int,
-        directory: tempfile.TemporaryDirectory[str],
         order: np.ndarray | None = None,
         origin: Origin,
     ) -> None:
-        self._directory = directory  # holds the memory-mapped file; removed together with this object
         self.prompt_format = prompt_format
         table = dataset.data
         outcome = table.column("outcome").to_numpy()
         if order is None:
             rows = np.flatnonzero(outcome <= SHORTENED)  # [documents]: the row of each document
-            self._example_ids = table.column("example_id").to_numpy()[rows]
+            self.example_ids = table.column("example_id").to_numpy()[rows]
         else:
             outcome = outcome[order]
-            self._example_ids = np.flatnonzero(outcome <= SHORTENED)
-            rows = order[self._example_ids]
+            self.example_ids = np.flatnonzero(outcome <= SHORTENED)
+            rows = order[self.example_ids]
 
-        self._names = origin.names
-        self._places = np.stack([origin.sources[rows], origin.source_rows[rows]])
+        self.names = origin.names
+        self.sources: np.ndarray = origin.sources[rows]
+        self.source_rows: np.ndarray = origin.source_rows[rows]
 
         # Views of the mapped file: document i is tokens.values[chunk[i]][start[i] : start[i] + lengths[i]].
         self._tokens = _Lists(table.column("tokens"), rows)
@@ -229,6 +232,7 @@ class EncodedDataset:
             chat=prompt_format["kind"] == "chat",
             datasets=origin.datasets,
             left_out=origin.left_out,
+            memorized=origin.memorized,
             split_conversations=origin.split_conversations,
         )
         if not len(self):
@@ -253,14 +257,13 @@ class EncodedDataset:
         for at in range(0, len(spans), 2):
             is_label[spans[at] : spans[at + 1]] = True
         is_label[0] = False
-        return Document(tokens, is_label, int(self._example_ids[index]))
+        return Document(tokens, is_label, int(self.example_ids[index]))
 
     def places(self, documents: np.ndarray | list[int], most: int = 20) -> str:
         """For people: the dataset and row of documents (indices), as "rows 3, 8 of the dataset", `most` of each."""
         parts = []
-        for source, name in enumerate(self._names):
-            of_document, row = self._places[:, documents]
-            found = np.unique(row[of_document == source]).tolist()
+        for source, name in enumerate(self.names):
+            found = np.unique(self.source_rows[documents][self.sources[documents] == source]).tolist()
             if found:
                 parts.append(", ".join(map(str, found[:most])) + ", ..." * (len(found) > most) + f" of {name}")
         return f"rows {' and '.join(parts)} (from 0)"
@@ -286,7 +289,7 @@ class EncodedDataset:
         """
         spans = self._spans.flat().astype(np.int64)
         ends = np.cumsum(self._spans.lengths)
-        columns = [self.lengths, spans[ends - self._spans.lengths], self._example_ids]
+        columns = [self.lengths, spans[ends - self._spans.lengths], self.example_ids]
         if len(spans) > 2 * len(self) or (spans[1::2] != self.lengths).any():
             columns += [self._spans.lengths, spans]
         digest = hashlib.sha256()

@@ -14,6 +14,7 @@ import pyarrow as pa
 from ibft.data.chat import ChatTemplate, HistoryRewritten, TemplateRefusal, learnt_turns, one_for_each_turn
 from ibft.data.columns import quoted
 from ibft.data.encode import EncodedDataset, Origin, encode
+from ibft.data.memorized import leave_out_memorized
 from ibft.data.packing import permutation
 from ibft.data.readers import Source
 from ibft.data.sources import SPLIT_WORDS, as_dataset, choice, load_source, splits_of
@@ -44,10 +45,9 @@ def load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[
     Within an epoch, a dataset of weight w is passed floor(w) times whole, and a share of its rows, drawn by the seed,
     makes up the rest; each occurrence is an example of its own. The id of an example is its position in the mixture:
     the datasets in the order in which they are named, each pass in the order of its rows. A row that is held out for
-    validation is in no pass. InputError for what cannot be used.
+    validation is in no pass, nor is one that --drop_memorized leaves out. InputError for what cannot be used.
     """
-    _refuse_twice(config.dataset)
-    named = _load(config, config.dataset, config.dataset_split)
+    named = load_sources(config)
     validation = _validation_parts(config, named)
     if validation is None and config.validation_column is not None:
         train, validation, left_out = _by_column(config.validation_column, named)
@@ -55,15 +55,28 @@ def load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[
         train, validation, left_out = *_held_out(config, named), 0
     else:
         train, left_out = [np.arange(source.table.num_rows) for _, source in named], 0
+    memorized = 0
+    if config.memorization_scores is not None and config.drop_memorized is not None:
+        before = sum(map(len, train))
+        train = leave_out_memorized(
+            config.memorization_scores, config.drop_memorized, config.memorization_measure, named, train
+        )
+        memorized = before - sum(map(len, train))
     parts = _passes(config, named, train)
     _check_alike([*parts, *(validation or [])])
-    data = _encode(config, tokenizer, parts, left_out)
+    data = encode_parts(config, tokenizer, parts, left_out=left_out, memorized=memorized)
     if validation is None:
         return data, None
     try:
-        return data, _encode(config, tokenizer, validation, 0)
+        return data, encode_parts(config, tokenizer, validation)
     except InputError as error:
         raise InputError(f"The data to validate on: {error}") from error
+
+
+def load_sources(config: TrainConfig) -> list[tuple[str, Source]]:
+    """The datasets that the configuration names, each with all rows of its split. InputError as for `load_data`."""
+    _refuse_twice(config.dataset)
+    return _load(config, config.dataset, config.dataset_split)
 
 
 def _load(config: TrainConfig, names: Sequence[str], split: str) -> list[tuple[str, Source]]:
@@ -205,8 +218,13 @@ def _passes(config: TrainConfig, named: Sequence[tuple[str, Source]], train: Seq
     return parts
 
 
-def _encode(
-    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, parts: Sequence[Part], left_out: int
+def encode_parts(
+    config: TrainConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    parts: Sequence[Part],
+    *,
+    left_out: int = 0,
+    memorized: int = 0,
 ) -> EncodedDataset:
     """The parts as one dataset; a row that occurs several times is tokenised once."""
     tables, sources, source_rows, order, start = [], [], [], [], 0
@@ -229,6 +247,7 @@ def _encode(
         source_rows=np.concatenate(source_rows),
         datasets=tuple((part.name, len(part.rows), part.weight) for part in parts),
         left_out=left_out,
+        memorized=memorized,
     )
     layout = parts[0].source.layout
     if not layout.pair_of_text:

@@ -82,8 +82,8 @@ def holds_lists(schema: pa.Schema) -> Callable[[str], bool]:
 
 
 def _read_json(path: Path, choose: ColumnChoice) -> Source | None:
-    with _open_text(path) as file:
-        records = _json_records(file, path)
+    with open_text(path) as file:
+        records = json_records(file, path)
         first = next(records, None)
         if first is None:
             return None
@@ -107,7 +107,7 @@ def _json_columns(batch: list[dict[str, Any]], layout: Layout, path: Path, first
     return columns
 
 
-def _json_records(file: TextIO, path: Path) -> Iterator[dict[str, Any]]:
+def json_records(file: TextIO, path: Path) -> Iterator[dict[str, Any]]:
     """The objects of JSON lines, or of one list, which a file named .json may be."""
     if path.name.lower().removesuffix(".gz").endswith(".json") and _first_character(file) == "[":
         yield from _json_list(file, path)
@@ -161,7 +161,7 @@ def _json_text(batch: list[dict[str, Any]], name: str, path: Path, first_row: in
 
 
 def _read_csv(path: Path, choose: ColumnChoice) -> Source:
-    with _open_text(path) as file:
+    with open_text(path) as file:
         header = next(csv.reader(file), [])
     if len(header) == 1 and (other := next((mark for mark in ";\t|" if mark in header[0]), None)):
         raise InputError(
@@ -171,15 +171,21 @@ def _read_csv(path: Path, choose: ColumnChoice) -> Source:
     layout = choose(header, lambda name: False, str(path))
     if not layout.pair_of_text:
         raise InputError(f"{path}: the cells of a CSV file are text and hold no messages; use .jsonl or .parquet.")
-    names = layout.names_to_read([])
-    table = pa.csv.read_csv(
+    return read_columns(csv_table(path, layout.names_to_read([])), layout, str(path))
+
+
+def csv_table(path: Path, names: list[str] | None = None) -> pa.Table:
+    """These columns of a CSV file, or all, as text."""
+    if names is None:
+        with open_text(path) as file:
+            names = next(csv.reader(file), [])
+    return pa.csv.read_csv(
         path,
         # One thread, so that errors name their row.
         read_options=pa.csv.ReadOptions(use_threads=False, block_size=CSV_BLOCK_BYTES),
         parse_options=pa.csv.ParseOptions(newlines_in_values=True),
         convert_options=pa.csv.ConvertOptions(include_columns=names, column_types=dict.fromkeys(names, pa.string())),
     )
-    return read_columns(table, layout, str(path))
 
 
 def _read_parquet(path: Path, choose: ColumnChoice) -> Source:
@@ -257,7 +263,8 @@ def _described(value: object) -> str:
     return f"{shown if len(shown) <= 60 else shown[:57] + '...'} ({type(value).__name__})"
 
 
-def _open_text(path: Path) -> TextIO:
+def open_text(path: Path) -> TextIO:
+    """A file of text, packed or not, without its byte order mark; line ends are left as they are."""
     opened = gzip.open if path.name.lower().endswith(".gz") else open
     return cast(TextIO, opened(path, "rt", encoding="utf-8-sig", newline=""))
 

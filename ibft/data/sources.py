@@ -6,6 +6,7 @@ Which columns those are is settled here; `readers.py` knows the file formats.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import uuid
 from collections.abc import Iterable
@@ -76,19 +77,30 @@ def load_source(dataset: str, choose: ColumnChoice, *, split: str) -> Source:
 
     InputError for whatever cannot be used, and where there is no row.
     """
-    path = Path(dataset).expanduser()
-    if path.exists():
-        source = _local_rows(path, split, choose)
-    elif _looks_local(dataset):
-        missing = "" if path.parent.is_dir() else f" There is no folder {str(path.parent)!r} either."
-        raise InputError(f"There is no file or folder {dataset!r}.{missing}{_near_by(path)} {ACCEPTED}")
+    found = find_rows(dataset, split)
+    if isinstance(found, datasets.Dataset):
+        source: Source | None = _dataset_rows(found, choose, os.path.expanduser(dataset))
     else:
-        source = _dataset_rows(_from_hub(dataset, split), choose, dataset)
+        source = _rows_of_files(found, choose)
     if source is None or source.table.num_rows == 0:
         raise InputError(f"{dataset!r} has no rows (split {split!r}); at least one is needed.")
     if choose.format == "chat" and source.layout.pair_of_text:
         return _as_conversations(source)
     return source
+
+
+def find_rows(dataset: str, split: str) -> list[Path] | datasets.Dataset:
+    """Where the rows of a split lie: data files, in the order of their rows, or a saved or Hub dataset.
+
+    InputError for what is not there or cannot be read.
+    """
+    path = Path(dataset).expanduser()
+    if path.exists():
+        return _local_rows(path, split)
+    if _looks_local(dataset):
+        missing = "" if path.parent.is_dir() else f" There is no folder {str(path.parent)!r} either."
+        raise InputError(f"There is no file or folder {dataset!r}.{missing}{_near_by(path)} {ACCEPTED}")
+    return _from_hub(dataset, split)
 
 
 def as_dataset(table: pa.Table) -> datasets.Dataset:
@@ -116,25 +128,29 @@ def splits_of(dataset: str) -> list[str] | None:
     return ["train"]
 
 
-def _local_rows(path: Path, split: str, choose: ColumnChoice) -> Source | None:
+def _local_rows(path: Path, split: str) -> list[Path] | datasets.Dataset:
     if path.is_file():
         if file_format(path) is None:
             raise InputError(f"{str(path)!r} is not a kind of file that can be read. {ACCEPTED}")
         _check_split(split, ["train"], path)
-        return read_file(path, choose)
+        return [path]
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         loaded = _saved(path)
         if isinstance(loaded, datasets.DatasetDict):
             _check_split(split, loaded, path)
-            loaded = loaded[split]
-        else:
-            _check_split(split, {"train", str(loaded.split or "train")}, path)
-        return _dataset_rows(loaded, choose, str(path))
+            return loaded[split]
+        _check_split(split, {"train", str(loaded.split or "train")}, path)
+        return loaded
     files = _files_by_split(path)
     if not files:
         raise InputError(f"The folder {str(path)!r} holds no data. {ACCEPTED}")
     _check_split(split, files, path)
-    found = [(file, read_file(file, choose)) for file in files[split]]
+    return files[split]
+
+
+def _rows_of_files(files: list[Path], choose: ColumnChoice) -> Source | None:
+    """The rows of files that hold rows of one form; None where no file has any."""
+    found = [(file, read_file(file, choose)) for file in files]
     sources = [(file, source) for file, source in found if source is not None]
     for file, source in sources[1:]:
         first = sources[0][1]

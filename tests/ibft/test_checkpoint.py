@@ -125,6 +125,62 @@ def test_it_goes_on_with_other_engines_and_numbers_of_processes(
             torch.testing.assert_close(mine[key], weight, rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize(
+    ("before", "after"), [((1, ""), (1, "")), ((2, ""), (2, "")), ((1, ""), (2, "--engine fsdp2"))]
+)
+def test_weights_of_the_objective_go_on_where_they_were(
+    tmp_path: Path, base_folder: Path, tasks_file: Path, before: tuple[int, str], after: tuple[int, str]
+) -> None:
+    """Stopped by a signal in the middle of alpha's warm-up, with a KL weight that has moved."""
+    more = "--max_steps 10 --logging_steps 1 --save_strategy no --learning_rate 1e-3 --alpha_warmup_steps 8"
+    more += f" --ib_rate_target 0.1 --kl_reduction sum --lora_dropout {0.1 if before == after else 0}"
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    dealt = f"{more} --per_device_train_batch_size 1 --gradient_accumulation_steps"
+    Training(
+        command(base_folder, tasks_file, whole, f"{dealt} {2 // before[0]}"), tmp_path / "log", world_size=before[0]
+    ).succeed()
+    stopped = Training(
+        command(base_folder, tasks_file, cut, f"{dealt} {2 // before[0]} {before[1]}"),
+        tmp_path / "log-cut",
+        world_size=before[0],
+        before=planted.receive,
+        before_arguments=(0, 8 // before[0], 15),
+    )
+    assert set(stopped.wait()) == {128 + 15}, stopped.output()
+    (saved,) = checkpoints(cut)
+    state = json.loads((saved / "ib_state.json").read_text())
+    Training(
+        command(base_folder, tasks_file, cut, f"{dealt} {2 // after[0]} {after[1]} --resume"),
+        tmp_path / "log-resumed",
+        world_size=after[0],
+    ).succeed()
+    lines = records(cut)
+    assert [line["alpha"] for line in lines] == pytest.approx([0.2 * min(1, step / 8) for step in range(10)])
+    assert lines[state["steps"]]["kl_weight"] == state["kl_weight"] != 1
+    if before == after:
+        assert lines == records(whole)
+        for name in (*LEFT, "ib_state.json"):
+            assert (whole / name).read_bytes() == (cut / name).read_bytes()
+    for mine, theirs in zip(lines, records(whole), strict=True):  # where another process's weight was not read, too
+        for term in ("loss", "grad_norm", "kl_weight"):
+            assert mine[term] == pytest.approx(theirs[term], rel=1e-4), term
+
+
+def test_a_checkpoint_from_before_an_option_was_there(
+    interrupted: tuple[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its run was as the option's default has it."""
+    line, out = interrupted
+    mark = checkpoints(out)[-1] / "checkpoint.json"
+    content = json.loads(mark.read_text())
+    for name in ("alpha_warmup_steps", "kl_weight", "free_bits", "ib_rate_target"):
+        del content["run"][name], content["run"]["ib"][name]
+    mark.write_text(json.dumps(content))
+    assert main(["train", *line.split(), "--resume", "--free_bits", "2"]) == 2
+    assert "free_bits was 0.0, is 2.0" in capsys.readouterr().err
+    assert main(["train", *line.split(), "--resume"]) == 0
+
+
 @pytest.fixture
 def interrupted(tmp_path: Path, base_folder: Path, tasks_file: Path) -> tuple[str, Path]:
     """The command and the folder of a run that was cut off after checkpoint-4 of 6 steps."""

@@ -51,6 +51,8 @@ def test_every_field_is_a_flag_in_both_spellings(name, respell):
     kind = TrainConfig.__dataclass_fields__[name].type
     required = [*REQUIRED, "--encoder", "lora"]  # lora, so that encoder_rank is allowed
     required += ["--validation_split", "0.1"] if name == "eval_steps" else []
+    required += ["--drop_memorized", "10%"] if name == "memorization_scores" else []
+    required += ["--memorization_scores", "x"] if name == "drop_memorized" else []
     if kind.removesuffix(" | None") == "bool":
         for flag, value in ((f"--{name}", True), (f"--no_{name}", False)):
             assert getattr(parse_args([*required, respell(flag)])[0], name) is value
@@ -62,8 +64,10 @@ def test_every_field_is_a_flag_in_both_spellings(name, respell):
         "list[str]": "wandb",
         "list[float]": "0.5",
         "Scheduler": "linear",
+        "Measure": "min_k",
     }
     text = samples.get(kind.removesuffix(" | None")) or kind.split("'")[1]  # or the first of its choices
+    text = "10%" if name == "drop_memorized" else text
     config = parse_args([*required, respell(f"--{name}"), text])[0]
     value = getattr(config, name)
     assert str(value[0] if isinstance(value, list) else value) == text
@@ -108,6 +112,14 @@ def test_values_keep_their_dashes():
         ("--tokens_per_batch 3000", r"--tokens_per_batch must be a multiple of --max_length \(2048\), not 3000\."),
         ("--target_layer 0", r"--target_layer must be at least 1"),
         ("--bottleneck_dim 0", r"--bottleneck_dim must be at least 1"),
+        ("--alpha_warmup_steps=-1", r"--alpha_warmup_steps must be at least 0, not -1\."),
+        ("--kl_weight=-1", r"--kl_weight must be at least 0, not -1\.0\."),
+        ("--free_bits nan", r"--free_bits takes a finite number, not nan\."),
+        ("--ib_rate_target 0", r"--ib_rate_target must be greater than 0, not 0\.0\."),
+        ("--ib_rate_target 3 --kl_weight 0", r"ib_rate_target 3 needs kl_weight above 0"),
+        ("--ib_rate_target 3 --alpha 0", r"ib_rate_target 3 needs alpha above 0"),
+        ("--ib_rate_target 3 --beta 0", r"ib_rate_target 3 needs beta above 0"),
+        ("--ib_rate_target 3 --free_bits 2", r"ib_rate_target 3 and free_bits 2 exclude each other"),
         ("--encoder_rank 8", r"--encoder_rank 8 needs --encoder lora"),
         ("--encoder lora --encoder_rank 0", r"--encoder_rank must be at least 1"),
         ("--lora_r 0", r"--lora_r must be at least 1"),
@@ -172,7 +184,7 @@ def test_help_lists_every_flag(capsys):
     kinds = {name: field.type for name, field in TrainConfig.__dataclass_fields__.items()}
     words = set(shown.split())
     assert {f"--{'[no_]' if kind.startswith('bool') else ''}{name}" for name, kind in kinds.items()} <= words
-    assert "--config FILE" in shown and "(default: 0.0001)" in shown and "%" not in shown
+    assert "--config FILE" in shown and "(default: 0.0001)" in shown and "%%" not in shown and "%(" not in shown
 
 
 def test_help_fits_a_terminal_of_80_columns_and_ends_with_an_example(capsys, monkeypatch):

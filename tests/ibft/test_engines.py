@@ -127,6 +127,39 @@ def test_an_engine_equals_one_process(train: Train, engine: str, base: str, worl
     assert_same_run(train(base, engine, world_size, dealt), expected)
 
 
+@pytest.mark.parametrize("engine", ["one process", *ENGINES])
+def test_weights_that_vary_take_the_rate_of_all_processes(train: Train, engine: str) -> None:
+    """Of the whole step, with accumulation, and a last step in which one process has no token."""
+    needs_deepspeed(engine)
+    more = "--alpha_warmup_steps 2 --ib_rate_target 0.16 --kl_weight 0.5 --beta 0.1 --kl_reduction sum"
+    expected = train("untied", "one process", 1, f"--per_device_train_batch_size 4 {more}")
+    world_size = 1 if engine == "one process" else 2
+    dealt = f"--per_device_train_batch_size 1 --gradient_accumulation_steps {4 // world_size} {more}"
+    actual = train("untied", engine, world_size, dealt)
+    assert_same_run(actual, expected)
+    weight, found = 0.5, [record["kl_weight"] for record in expected[1]]
+    assert found[0] == 0.5
+    for record, following in zip(expected[1], found[1:], strict=False):  # the formula, from the rates in metrics.jsonl
+        ratio = record["kl_nats"] / 0.16
+        assert 0.5 < ratio < 2 and abs(ratio - 1) > 1e-3
+        weight *= ratio**0.1
+        assert following == pytest.approx(weight * ratio**4, rel=1e-5)
+    for mine, theirs in zip(actual[1], expected[1], strict=True):
+        assert mine["alpha"] == theirs["alpha"] == min(1, (theirs["step"] - 1) / 2)
+        assert mine["kl_weight"] == pytest.approx(theirs["kl_weight"], rel=1e-5)
+
+
+@pytest.mark.parametrize("engine", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
+def test_free_bits_on_two_processes(train: Train, engine: str) -> None:
+    more = "--free_bits 0.09 --beta 0 --kl_reduction sum"
+    expected = train("untied", "one process", 1, f"--per_device_train_batch_size 4 {more}")
+    dealt = f"--per_device_train_batch_size 1 --gradient_accumulation_steps 2 {more}"
+    assert_same_run(train("untied", engine, 2, dealt), expected)
+    for record in expected[1]:  # some tokens pay, and not for all they have
+        assert 0 < record["loss"] - record["ce"] < record["kl"]
+        assert "alpha" not in record and "kl_weight" not in record
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", [*ENGINES, "zero1"])
 @pytest.mark.parametrize("base", ["untied", "tied"])

@@ -63,9 +63,10 @@ def test_packed_equals_padded(kind: str, kl_tokens: str) -> None:
     compare(ib, (packed, "best-fit"), ([[[document] for document in docs]], "none"), kind)
 
 
+@pytest.mark.parametrize("free_bits", [0.0, 2.0])
 @pytest.mark.parametrize("kl_tokens", ["all", "labels"])
-def test_one_batch_equals_accumulated_batches(kl_tokens: str) -> None:
-    ib = IBConfig(target_layer=3, bottleneck_dim=8, alpha=0.7, beta=0.3, kl_tokens=kl_tokens)
+def test_one_batch_equals_accumulated_batches(kl_tokens: str, free_bits: float) -> None:
+    ib = IBConfig(target_layer=3, bottleneck_dim=8, alpha=0.7, beta=0.3, kl_tokens=kl_tokens, free_bits=free_bits)
     docs = [[document] for document in documents()]
     accumulated = [docs[start : start + 2] for start in range(0, 8, 2)]
     compare(ib, ([docs], "none"), (accumulated, "none"))

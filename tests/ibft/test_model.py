@@ -45,6 +45,10 @@ def config(**changes: Any) -> IBConfig:
         {"kl_tokens": "labels", "encoder": "lora", "kl_reduction": "sum"},
         {"bottleneck_dim": 40},  # wider than half of H: the head is not absorbed
         {"alpha": 0.0},
+        {"kl_weight": 2.5},
+        {"kl_weight": 0.0},
+        {"free_bits": 1.5},
+        {"free_bits": 1.5, "kl_reduction": "sum", "kl_tokens": "labels", "kl_weight": 0.4},
     ],
 )
 def test_every_setting_of_the_bottleneck_equals_the_eager_formulas(changes: dict[str, Any]) -> None:
@@ -298,6 +302,16 @@ def test_an_unreachable_hub_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> Non
         ({"bottleneck_dim": 0}, "bottleneck_dim is 0"),
         ({"alpha": -1.0}, "alpha is -1.0"),
         ({"beta": float("nan")}, "beta is nan"),
+        ({"kl_weight": -0.5}, "kl_weight is -0.5; it must be a finite number, not negative"),
+        ({"free_bits": float("inf")}, "free_bits is inf"),
+        ({"alpha_warmup_steps": -1}, "alpha_warmup_steps is -1; it must be an integer, at least 0"),
+        ({"alpha_warmup_steps": 1.5}, "alpha_warmup_steps is 1.5"),
+        ({"ib_rate_target": 0.0}, "ib_rate_target is 0.0; it must be a finite number of nats per token, above 0"),
+        ({"ib_rate_target": float("nan")}, "ib_rate_target is nan"),
+        ({"ib_rate_target": 3.0, "alpha": 0.0}, "ib_rate_target 3 needs alpha above 0"),
+        ({"ib_rate_target": 3.0, "kl_weight": 0.0}, "ib_rate_target 3 needs kl_weight above 0"),
+        ({"ib_rate_target": 3.0, "beta": 0.0}, "ib_rate_target 3 needs beta above 0"),
+        ({"ib_rate_target": 3.0, "free_bits": 1.0}, "ib_rate_target 3 and free_bits 1 exclude each other"),
         ({"encoder": "mlp"}, "encoder is 'mlp'; it must be one of linear, lora"),
         ({"kl_tokens": "some"}, "kl_tokens is 'some'; it must be one of all, labels"),
         ({"kl_reduction": "max"}, "kl_reduction is 'max'"),

@@ -19,7 +19,7 @@ from transformers import Trainer, TrainingArguments
 
 import ibft.run
 import ibft.train
-from ibft import IBConfig, IBModel, InputError
+from ibft import IBConfig, IBModel, InputError, ObjectiveCallback
 from ibft.config import TrainConfig
 from ibft.data import collate, load_batches
 from ibft.engines import Engine
@@ -121,13 +121,16 @@ def arguments(folder: Path, **changes: Any) -> dict[str, Any]:
     }
 
 
-def hf_trainer(model: IBModel, batches: list[dict[str, Tensor]], folder: Path, **changes: Any) -> Trainer:
+def hf_trainer(
+    model: IBModel, batches: list[dict[str, Tensor]], folder: Path, callbacks: Any = None, **changes: Any
+) -> Trainer:
     return Trainer(
         model=model,
         args=TrainingArguments(**arguments(folder, remove_unused_columns=False, **changes)),
         train_dataset=Batches(batches),
         eval_dataset=Batches(batches[:2]),
         data_collator=lambda samples: samples[0],
+        callbacks=callbacks,
     )
 
 
@@ -194,6 +197,46 @@ def test_trainer_saves_and_resumes_the_bottleneck(config: Callable[..., TrainCon
             assert not torch.equal(parameter, initial[name]) and torch.equal(parameter, expected[name]), name
 
 
+VARYING = {"alpha_warmup_steps": 2, "ib_rate_target": 0.1, "beta": 0.3}
+
+
+@pytest.mark.parametrize(("kl_tokens", "accumulation"), [("all", 1), ("labels", 2)], ids=["all", "labels-x2"])
+def test_weights_that_vary_go_as_in_our_loop(
+    config: Callable[..., TrainConfig], tmp_path: Path, kl_tokens: str, accumulation: int
+) -> None:
+    """Under Trainer by the callback; a resumed one takes them up from the checkpoint."""
+    own = OwnLoop(config(kl_tokens=kl_tokens, gradient_accumulation_steps=accumulation, **VARYING))
+    initial = {name: p.detach().clone() for name, p in own.model.named_parameters() if p.requires_grad}
+    changes = {"gradient_accumulation_steps": accumulation, "save_strategy": "steps", "save_steps": 1}
+    trainer = hf_trainer(own.model, own.batches, tmp_path / "hf", [ObjectiveCallback()], **changes)
+    trainer.train()
+    Logged(trainer).assert_same_as(own.records)
+    weight = own.model.objective.kl_weight.item()
+    assert weight != 1 and own.model.objective.alpha == 0.5
+    checkpoint = tmp_path / "hf" / "checkpoint-2"
+    assert json.loads((checkpoint / "ib_state.json").read_text())["kl_weight"] == pytest.approx(
+        own.records[2]["kl_weight"], rel=1e-4
+    )
+
+    expected = {name: p.detach().clone() for name, p in own.model.named_parameters() if p.requires_grad}
+    for name, parameter in own.model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data.copy_(initial[name])
+    own.model.objective = type(own.model.objective)(own.model.ib_config)  # as a new process has it
+    resumed = hf_trainer(own.model, own.batches, tmp_path / "resumed", [ObjectiveCallback()], **changes)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert own.model.objective.kl_weight.item() == weight
+    for name, parameter in own.model.named_parameters():
+        assert name not in expected or torch.equal(parameter, expected[name]), name
+
+
+def test_weights_that_vary_need_the_callback(config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    """Without it alpha would stay 0, and training would be plain fine-tuning."""
+    own = OwnLoop(config(**VARYING))
+    with pytest.raises(InputError, match=r"callbacks=\[ObjectiveCallback\(\)\]"):
+        hf_trainer(own.model, own.batches, tmp_path / "hf").train()
+
+
 def test_trainer_evaluates_with_the_plain_loss_and_logits_for_whoever_reads_them(
     config: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:
@@ -243,7 +286,7 @@ def test_data_parallel_is_refused() -> None:
 # trl.SFTTrainer
 
 
-def sft_trainer(own: OwnLoop, folder: Path, accumulation: int = 1, **changes: Any) -> Any:
+def sft_trainer(own: OwnLoop, folder: Path, accumulation: int = 1, callbacks: Any = None, **changes: Any) -> Any:
     """Its own collator over the documents of the run; rows in a batch as our loop has them."""
     rows = [{"input_ids": tokens.tolist(), "labels": labels.tolist()} for tokens, labels in own.documents()]
     settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": accumulation, "bf16": False}
@@ -254,7 +297,15 @@ def sft_trainer(own: OwnLoop, folder: Path, accumulation: int = 1, **changes: An
         train_dataset=datasets.Dataset.from_list(rows),
         eval_dataset=datasets.Dataset.from_list(rows[:4]),
         processing_class=own.tokenizer,
+        callbacks=callbacks,
     )
+
+
+def test_weights_that_vary_under_sft_trainer(config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    own = OwnLoop(config(sample=False, kl_tokens="labels", gradient_accumulation_steps=2, **VARYING))
+    trainer = sft_trainer(own, tmp_path / "trl", 2, [ObjectiveCallback()])
+    trainer.train()
+    Logged(trainer).assert_same_as(own.records)
 
 
 @pytest.mark.parametrize("loss_type", ["nll", "chunked_nll"])

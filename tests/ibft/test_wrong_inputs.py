@@ -460,6 +460,8 @@ MODEL = {
     "layer_negative": train("--target_layer -1", "--target_layer must be at least 1, not -1"),
     "layer_word": train("--target_layer last", "--target_layer takes an integer, not 'last'"),
     "bottleneck_zero": train("--bottleneck_dim 0", "--bottleneck_dim must be at least 1, not 0"),
+    "rate_target_without_kl": train("--ib_rate_target 5 --kl_weight 0", "ib_rate_target 5 needs kl_weight above 0"),
+    "rate_target_free_bits": train("--ib_rate_target 5 --free_bits 2", "ib_rate_target 5 and free_bits 2 exclude each"),
     "encoder_rank_alone": train("--encoder_rank 4", "--encoder_rank 4 needs --encoder lora"),
     "rank_zero": train("--lora_r 0", "--lora_r must be at least 1, not 0"),
     "rank_fraction": train("--lora_r 2.5", "--lora_r takes an integer, not '2.5'"),
@@ -584,7 +586,8 @@ FLAGS = {
     ),
     "local_rank_word": train("", "LOCAL_RANK is 'x'", environment(LOCAL_RANK="x")),
     "command_unknown": Wrong(
-        "trian", "'trian' is not a command of ibft; there are: train, eval, estimate, export, lab"
+        "trian",
+        "'trian' is not a command of ibft; there are: train, eval, estimate, memorization, represent, export, lab",
     ),
 }
 
@@ -708,19 +711,32 @@ EXPORT = {
 }
 
 LAB = {
-    "lab_unknown": Wrong("lab dmeo", "'dmeo' is not an experiment of `ibft lab`; there is: demo"),
-    "lab_flag": Wrong("lab demo --step 3", "--step is not an option of `ibft lab demo`. Did you mean --steps"),
-    "lab_steps_zero": Wrong("lab demo --output_dir {out} --steps 0", "--steps must be at least 1, not 0"),
-    "lab_seed_negative": Wrong("lab demo --output_dir {out} --seed -1", "--seed must be between 0 and"),
-    "lab_seed_word": Wrong("lab demo --output_dir {out} --seed x", "--seed takes an integer, not 'x'"),
-    "lab_finished": Wrong(
-        "lab demo --output_dir {here}/demo", "holds a finished demo", lambda world: world.json("demo/results.json", {})
+    "lab_no_mode": Wrong("lab --output_dir {out}", r"`ibft lab` takes one of --quick \(.*\) and --full"),
+    "lab_both_modes": Wrong("lab --quick --full --output_dir {out}", "takes one of --quick"),
+    "lab_word": Wrong("lab quick", "'quick' has no flag before it"),
+    "lab_flag": Wrong("lab --quikc", "--quikc is not an option of `ibft lab`. Did you mean --quick"),
+    "lab_workers_zero": Wrong("lab --quick --output_dir {out} --workers 0", "--workers must be at least 1, not 0"),
+    "lab_seeds_zero": Wrong("lab --full --output_dir {out} --seeds 0", "--seeds must be at least 1, not 0"),
+    "lab_seeds_of_quick": Wrong("lab --quick --output_dir {out} --seeds 2", "--seeds 2 needs --full"),
+    "lab_seed_negative": Wrong("lab --quick --output_dir {out} --seed -1", "--seed must be between 0 and"),
+    "lab_seed_word": Wrong("lab --quick --output_dir {out} --seed x", "--seed takes an integer, not 'x'"),
+    "lab_other_plan": Wrong(
+        "lab --quick --output_dir {here}/lab",
+        "lab holds an experiment with other settings .mode, seeds",
+        lambda world: world.json("lab/lab.json", {}),
     ),
+    "lab_something_else": Wrong(
+        "lab --quick --overwrite --output_dir {here}/lab",
+        "lab holds results.json, which is of no experiment",
+        lambda world: world.json("lab/results.json", {}),
+    ),
+    "lab_report_without_folder": Wrong("lab report", "`ibft lab report` takes one folder"),
+    "lab_report_of_nothing": Wrong("lab report {here}/none", "none' holds no results.json"),
     "lab_output_file": Wrong(
-        "lab demo --output_dir {here}/x", "output_dir .*/x is a file", lambda world: world.text("x", "")
+        "lab --quick --output_dir {here}/x", "output_dir .*/x is a file", lambda world: world.text("x", "")
     ),
     "lab_output_below_a_file": Wrong(
-        "lab demo --output_dir {here}/x/y",
+        "lab --quick --output_dir {here}/x/y",
         "output_dir .*/x/y cannot be written to: Not a directory",
         lambda world: world.text("x", ""),
     ),
@@ -801,7 +817,7 @@ def test_a_wrong_input_is_a_sentence(
     [
         "train --base_model {base} --dataset {here}/none.jsonl --output_dir {out} --debug",
         "export --adapter {here}/none --output_dir {out} --debug",
-        "lab demo --output_dir {out} --steps 0 --debug",
+        "lab --quick --output_dir {out} --workers 0 --debug",
     ],
 )
 def test_debug_shows_the_traceback(

@@ -1,0 +1,117 @@
+"""The flags of `ibft memorization`, command by command. Those that say what the data is are `ibft train`'s own."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ibft.config import FIELDS, Measure, TrainConfig
+from ibft.errors import InputError
+from ibft.flags import AT_LEAST_1, NOT_EMPTY, REQUIRED, Check, check_fields, flag
+
+_ABOVE_0_TO_1: Check = (lambda v: 0 < v <= 1, "greater than 0 and at most 1, as 0.2 for Min-20%")
+_PATHS = ("model", "adapter", "output", "scores", "dataset")
+
+
+def _as_in_train(name: str) -> Any:
+    """The flag of that name of `ibft train`."""
+    field = FIELDS[name]
+    return dataclasses.field(default=field.default, default_factory=field.default_factory, metadata=field.metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Flags:
+    """Checked when made; a path's ~ is the home folder."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name in _PATHS:
+            value = getattr(self, name, None)
+            if isinstance(value, str) and value.startswith("~"):  # the shell leaves it alone in --output=~/scores
+                object.__setattr__(self, name, os.path.expanduser(value))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreFlags(_Flags):
+    """`ibft memorization score`."""
+
+    model: str | None = flag(
+        "model", None, "Hub name or folder of a causal language model; not given: the one the adapter names", NOT_EMPTY
+    )
+    adapter: str | None = flag("model", None, "folder that `ibft train` wrote, or a checkpoint in it", NOT_EMPTY)
+    dtype: Literal["float32", "bfloat16", "float16"] = flag(
+        "model", "float32", "of the model; the others need half the memory, and round what they predict"
+    )
+    use_cpu: bool = flag("model", False, "leave a GPU alone")
+    dataset: list[str] = _as_in_train("dataset")  # noqa: RUF009
+    dataset_split: str = flag("data", "train", "split to score", NOT_EMPTY)
+    format: Literal["auto", "text", "chat"] = _as_in_train("format")
+    separator: str | None = _as_in_train("separator")
+    prompt_column: str | None = _as_in_train("prompt_column")
+    response_column: str | None = _as_in_train("response_column")
+    max_length: int = _as_in_train("max_length")
+    bos: Literal["auto", "yes", "no"] = _as_in_train("bos")
+    overlong: Literal["shorten", "drop"] = _as_in_train("overlong")
+    num_proc: int | None = _as_in_train("num_proc")
+    k: float = flag("scores", 0.2, "share of a row's tokens, the least probable ones, that Min-K% takes", _ABOVE_0_TO_1)
+    span: Literal["response", "full"] = flag("scores", "response", "the tokens that are learnt, or all of a row")
+    batch_tokens: int = flag("scores", 8192, "padded tokens of a forward pass", AT_LEAST_1)
+    output: str = flag("output", REQUIRED, "file of scores, .jsonl or .parquet; stopped, it goes on there", NOT_EMPTY)
+    overwrite: bool = flag("output", False, "score anew what the output file holds")
+    debug: bool = flag("output", False, "show the traceback of an error")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.model is None and self.adapter is None:
+            raise InputError("--model must be given, or an --adapter that names its base model.")
+        check_suffix(self.output)
+
+    def data(self, model: str) -> TrainConfig:
+        """The data as `ibft train` is told of it; refuses what that would refuse."""
+        names = {field.name for field in dataclasses.fields(self)} & {
+            name for name, field in FIELDS.items() if field.metadata["group"] == "data"
+        }
+        return TrainConfig(base_model=model, **{name: getattr(self, name) for name in names})
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlotFlags(_Flags):
+    """`ibft memorization plot`."""
+
+    output: str | None = flag("output", None, "figure, .png, .svg or .pdf; not given: the numbers alone", NOT_EMPTY)
+    labels: list[str] = flag(  # noqa: RUF009
+        "output", [], "of the files, in their order; not given: what tells model and data apart", verbatim=True
+    )
+    measure: Measure = flag("output", "min_k", "the score that is shown")  # noqa: RUF009
+    json: bool = flag("output", False, "print one JSON object, and nothing else, on stdout")
+    debug: bool = flag("output", False, "show the traceback of an error")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilterFlags(_Flags):
+    """`ibft memorization filter`."""
+
+    scores: str = flag("scores", REQUIRED, "file that `ibft memorization score` wrote for the dataset", NOT_EMPTY)
+    drop_top: str = flag("scores", REQUIRED, "how many of the rows known best: 10%, 200, or 'above -0.5'", NOT_EMPTY)
+    measure: Measure = flag("scores", "min_k", "the score that counts")  # noqa: RUF009
+    dataset: str = flag("data", REQUIRED, FIELDS["dataset"].metadata["help"].partition(";")[0], NOT_EMPTY)
+    dataset_split: str = flag("data", "train", "split to filter", NOT_EMPTY)
+    prompt_column: str | None = _as_in_train("prompt_column")
+    response_column: str | None = _as_in_train("response_column")
+    output: str = flag("output", REQUIRED, "file for the rows that are left, .jsonl or .parquet", NOT_EMPTY)
+    overwrite: bool = flag("output", False, "replace the output file")
+    json: bool = flag("output", False, "print one JSON object, and nothing else, on stdout")
+    debug: bool = flag("output", False, "show the traceback of an error")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_suffix(self.output)
+
+
+def check_suffix(output: str) -> None:
+    """InputError unless the file can be written in one of the two formats."""
+    if Path(output).suffix not in (".jsonl", ".parquet"):
+        raise InputError(f"--output takes a file that ends in .jsonl or .parquet, not {output!r}.")

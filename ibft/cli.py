@@ -10,11 +10,13 @@ from ibft.errors import FailedElsewhere, HarnessError, InputError, Interrupted, 
 _USAGE = """usage: ibft COMMAND [options]
 
 commands:
-  train     fine-tune a causal language model with an information bottleneck, or plainly (ibft train --help)
-  eval      Pass@k and Pass@k^(m) of a model on HumanEval, MBPP, VerilogEval or your own task (ibft eval --help)
-  estimate  what a training takes in memory and time on named GPUs, whether it fits (ibft estimate --help)
-  export    make a run's adapter ready for others, merge it, push it to the Hub (ibft export --help)
-  lab       small experiments on data and a model made on the spot (ibft lab demo --help)
+  train         fine-tune a causal language model with an information bottleneck, or plainly (ibft train --help)
+  eval          Pass@k and Pass@k^(m) of a model on HumanEval, MBPP, VerilogEval or your own task (ibft eval --help)
+  estimate      what a training takes in memory and time on named GPUs, whether it fits (ibft estimate --help)
+  memorization  which rows of a dataset a model knows already, and a filter (ibft memorization --help)
+  represent     how far apart a model keeps memorised rows, and what a bottleneck keeps (ibft represent --help)
+  export        make a run's adapter ready for others, merge it, push it to the Hub (ibft export --help)
+  lab           the memorisation barrier as an experiment, on data and models made on the spot (ibft lab --help)
 
 ibft --version prints the version."""
 
@@ -43,6 +45,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         from ibft.estimate import cli as estimates
 
         return run_command(estimates.main, rest)
+    if command == "memorization":
+        from ibft.memorization import cli as memorization
+
+        return run_command(memorization.main, rest)
+    if command == "represent":
+        from ibft.represent import cli as representation
+
+        return run_command(representation.main, rest)
     if command == "export":
         from ibft import export
 
@@ -52,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return run_command(cli.main, rest)
     print(
-        f"ibft: error: {command!r} is not a command of ibft; there are: train, eval, estimate, export, lab.",
+        f"ibft: error: {command!r} is not a command of ibft; there are: train, eval, estimate, memorization, "
+        "represent, export, lab.",
         file=sys.stderr,
     )
     return 2

@@ -1,0 +1,1 @@
+"""What a model's hidden states make of memorised rows: `ibft represent`."""

@@ -90,8 +90,8 @@ def without_comments(source: str, *, strings: bool = False) -> str:
         kept = text[0] == "\\" or (text[0] == '"' and not strings)
         return text if kept else re.sub(r"[^\n]", " ", text)
 
-    # An escaped identifier first: it may hold what elsewhere begins a string or a comment.
-    return re.sub(r'\\\S+|"(?:\\.|[^"\\\n])*"|//[^\n]*|/\*.*?(?:\*/|\Z)', blank, source, flags=re.DOTALL)
+    # An escaped identifier first: it may hold what elsewhere begins a string or a comment. It ends as for the compiler.
+    return re.sub(r'\\[^ \t\b\f\r\n]+|"(?:\\.|[^"\\\n])*"|//[^\n]*|/\*.*?(?:\*/|\Z)', blank, source, flags=re.DOTALL)
 
 
 def module_name(problem: Problem) -> str:

@@ -97,7 +97,8 @@ def _evaluate(task: str, argv: Sequence[str]) -> None:
 
 def _judge(config: RunFlags | EvalFlags, problems: Sequence[Problem], samples: Sequence[Sample], file: Path) -> None:
     """Judges samples and prints the report, for each temperature in a folder of its own if there are several."""
-    from ibft.evaluate.execute import Settings, run_samples
+    from ibft.evaluate.execute import run_samples
+    from ibft.evaluate.judge import Settings
     from ibft.evaluate.report import load_results, markdown, report
 
     settings = Settings(
@@ -144,7 +145,7 @@ def _doctor(argv: Sequence[str]) -> None:
     description = "Whether sandbox and tools work on this machine, and every canonical solution passes in them."
     config = _read(DoctorFlags, argv, "doctor", description, ("[TASK...]", tasks))
     from ibft.evaluate.doctor import examine
-    from ibft.evaluate.execute import Settings
+    from ibft.evaluate.judge import Settings
     from ibft.evaluate.problems import tasks_in
 
     if not tasks and config.data is not None:

@@ -10,7 +10,7 @@ from ibft.errors import InputError
 from ibft.evaluate import metrics
 from ibft.evaluate.report import Results
 
-_JUDGED_BY = ("completion_format", "header", "rule", "limits", "tools")
+_JUDGED_BY = ("completion_format", "header", "rule", "sandbox_tier", "limits", "tools")
 
 
 def compare(a: Results, b: Results, ks: Sequence[int] | None = None, *, seed: int = 0) -> dict[str, Any]:

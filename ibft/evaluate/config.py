@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from ibft.errors import InputError
 from ibft.evaluate.problems import TASKS
+from ibft.evaluate.walls import Limits
 from ibft.flags import AT_LEAST_1, NOT_EMPTY, NOT_NEGATIVE, POSITIVE, REQUIRED, Check, check_fields, flag
 
 _TASK = f"{', '.join(TASKS)}, or a file of JSON lines with task_id, prompt and tests"
@@ -112,9 +113,9 @@ class SandboxFlags(_Flags):
     """What executed code may take."""
 
     workers: int | None = flag("sandbox", None, "samples judged at a time; not given: one for each core", AT_LEAST_1)
-    wall_seconds: float = flag("sandbox", 30.0, "of each program", POSITIVE)
-    cpu_seconds: float = flag("sandbox", 10.0, "of each program", POSITIVE)
-    memory_mib: int = flag("sandbox", 1024, "of each program, compilers included", AT_LEAST_1)
+    wall_seconds: float = flag("sandbox", Limits.wall_seconds, "of each program", POSITIVE)
+    cpu_seconds: float = flag("sandbox", Limits.cpu_seconds, "of each program", POSITIVE)
+    memory_mib: int = flag("sandbox", Limits.memory_mib, "of each program, compilers included", AT_LEAST_1)
     allow_unsafe: bool = flag("sandbox", False, "where no sandbox works, run the samples with limits alone")
     debug: bool = flag("output", False, "show the traceback of an error")
 

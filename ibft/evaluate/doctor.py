@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ibft.evaluate.execute import Judge, Reference, Settings, judge_references, worker_pool
+from ibft.evaluate.execute import judge_references, worker_pool
+from ibft.evaluate.judge import Judge, Reference, Settings
 from ibft.evaluate.problems import Problem
 
 

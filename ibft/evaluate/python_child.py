@@ -1,6 +1,6 @@
 """What runs inside the sandboxes that judge Python: the candidate's process, and the process of its tests.
 
-Run as a script, `python -c <this file> candidate|checker|together [socket]`, with nothing but the standard library. The
+Run as a script, `python -c <this file> candidate|checker|together ...`: one file, with the standard library alone. The
 tests call the candidate over a socket. Arguments and results cross as text that can spell values of exact builtin types
 and nothing else; a subclass crosses as the builtin value it holds, anything else not at all.
 """
@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 MAX_FRAME = 16_000_000  # bytes of one call or result, and of the program
 MAX_ITEMS = 250_000  # of an iterator, which may have no end
-_PR_SET_DUMPABLE = 4
+_PR_SET_DUMPABLE, _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 4, 22, 2
 _ATOMS: dict[type, tuple[str, Callable[[Any], Any], Callable[[Any], Any]]] = {  # type: name, to JSON, from JSON
     int: ("int", lambda number: int.__format__(number, "x"), lambda text: int(text, 16)),
     float: ("float", float.hex, float.fromhex),
@@ -154,6 +154,16 @@ def describe(error: BaseException) -> list[str]:
         return [type(error).__name__, str(error)[:300]]
     except BaseException:
         return [type(error).__name__, ""]
+
+
+def confine(code: bytes) -> None:
+    """Puts a filter of system calls (see seccomp.py) over this process and what it starts. OSError if that fails."""
+    import ctypes
+
+    held = ctypes.create_string_buffer(code, len(code))
+    given = struct.pack("HP", len(code) // 8, ctypes.addressof(held))
+    if code and ctypes.CDLL(None).prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, given, 0, 0) != 0:
+        raise OSError("the kernel takes no filter of system calls")
 
 
 def candidate(channel: socket.socket) -> None:
@@ -369,9 +379,10 @@ def _judge(error: BaseException) -> list[str]:
 def main() -> None:
     """The verdict goes to what stdout was; what tests print goes nowhere."""
     role = sys.argv[1]
+    if role != "checker":  # which runs nothing of the candidate's
+        confine(bytes.fromhex(sys.argv[-1]))
     if role == "candidate":
-        candidate(socket.socket(fileno=int(sys.argv[2])))
-        return
+        return candidate(socket.socket(fileno=int(sys.argv[2])))
     verdicts = os.dup(1)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from importlib import resources
 from typing import NamedTuple
 
+from ibft.evaluate import seccomp
 from ibft.evaluate.problems import Problem
 from ibft.evaluate.python_child import MAX_FRAME
 from ibft.evaluate.sandbox import Limits, Outcome, Sandbox, supervise
@@ -108,7 +109,7 @@ def _script() -> str:
 def _command(role: str, descriptor: int | None = None) -> list[str]:
     """The standard library alone (-S), so that verdicts do not depend on what is installed beside ibft."""
     more = [] if descriptor is None else [str(descriptor)]
-    return [INTERPRETER, "-s", "-S", "-P", "-c", _script(), role, *more]
+    return [INTERPRETER, "-s", "-S", "-P", "-c", _script(), role, *more, seccomp.program().hex()]
 
 
 def _job(problem: Problem, source: str) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 
 import ibft.evaluate.execute
 from ibft.cli import main
+from ibft.evaluate.sandbox import Limits
 
 GENERATE = "generate --task {task} --model {base} --output {here}/out --num_samples 1 --max_new_tokens 8"
 RUN = "run --task {task} --samples {here}/samples.jsonl --output {here}/out"
@@ -156,7 +157,8 @@ def test_samples_from_elsewhere(
     found = json.loads(shell(f"report {tmp_path}/a --json"))
     assert found["metrics"] == {"pass@1": pytest.approx(5 / 6 * 2 / 3)}
     assert found["categories"] == {"passed": 10, "wrong_output": 5, "missing": 3}
-    assert found["completion_format"] == "auto" and found["tools"]["python"]
+    assert found["completion_format"] == "auto" and found["tools"]["python"] and found["tools"]["rules"]
+    assert found["limits"] == asdict(Limits())
     compared = json.loads(shell(f"compare {tmp_path}/a {tmp_path}/b --json"))
     assert compared["metrics"]["pass@1"]["difference"] == pytest.approx(4 / 6 - 10 / 18)
     assert compared["wins"] == {"a": ["add/4"], "b": [f"add/{n}" for n in range(4)], "ties": 1}

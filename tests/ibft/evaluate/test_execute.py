@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from ibft.errors import HarnessError, InputError
-from ibft.evaluate import execute, python_verdict, verilog_verdict
+from ibft.evaluate import execute, judge, python_verdict, verilog_verdict
 from ibft.evaluate.doctor import examine
-from ibft.evaluate.execute import Settings, run_samples
+from ibft.evaluate.execute import run_samples
+from ibft.evaluate.judge import Settings
 from ibft.evaluate.problems import Problem, load_problems
 from ibft.evaluate.python_verdict import Verdict
 from ibft.evaluate.report import load_results, report
@@ -58,11 +59,11 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The sources that are judged, in place of which nothing is run: passed if they hold "return x + "."""
     found: list[str] = []
 
-    def judge(sandbox: Any, problem: Problem, source: str, limits: Limits, *, isolated: bool = True) -> Verdict:
+    def verdict(sandbox: Any, problem: Problem, source: str, limits: Limits, *, isolated: bool = True) -> Verdict:
         found.append(source)
         return Verdict("passed" if "return x + " in source else "wrong_output")
 
-    monkeypatch.setattr(python_verdict, "judge", judge)
+    monkeypatch.setattr(python_verdict, "judge", verdict)
     return found
 
 
@@ -88,7 +89,7 @@ def test_samples_are_judged_and_recorded(sandbox: Sandbox, tmp_path: Path) -> No
     run = json.loads((tmp_path / "out" / "run.json").read_text())
     assert run["problems"] == ["add/0", "add/1", "add/2"] and run["samples_per_problem"] == {"add/0": 2, "add/1": 2}
     assert run["sandbox_tier"] == sandbox.tier and run["limits"]["cpu_seconds"] == 5 and run["task"] == "own"
-    assert {"ibft", "python"} <= set(run["tools"]) and run["warnings"] == warnings == []
+    assert {"ibft", "rules", "python"} == set(run["tools"]) and run["warnings"] == warnings == []
     assert report(load_results(tmp_path / "out"))["metrics"]["pass@1"] == pytest.approx(1 / 3)  # add/2 is missing
 
 
@@ -120,7 +121,12 @@ def change_tools(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return {}
 
 
-@pytest.mark.parametrize("change", [change_problem, change_source, change_limits, change_tools])
+def change_rules(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.setattr(judge, "rules", lambda: "of another version")
+    return {}
+
+
+@pytest.mark.parametrize("change", [change_problem, change_source, change_limits, change_tools, change_rules])
 def test_a_stale_result_is_not_used(
     change: Callable[..., dict[str, Any]], judged: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -46,6 +46,13 @@ def attack(source: str, *categories: str) -> Attack:
 
 
 WRONG, RAISED = "wrong_output", "runtime_error"
+LIBC = """import ctypes, platform
+libc = ctypes.CDLL(None)
+KEY = {"x86_64": 248, "aarch64": 217}[platform.machine()]
+def done(result):
+    if result < 0: raise OSError
+    return 7
+"""
 PYTHON = {
     # leaving before the tests are over
     "exit_when_loaded": attack("import os\nos._exit(0)", RAISED),
@@ -76,7 +83,7 @@ PYTHON = {
         WRONG,
     ),
     "nan": attack("def f(x):\n    return float('nan')", WRONG),
-    "infinite_generator": attack("def f(x):\n    while True:\n        yield x * x", WRONG),
+    "infinite_generator": attack("def f(x):\n    while True:\n        yield x * x", WRONG, "timeout"),
     "nested_deep": attack("def f(x):\n    a = []\n    for _ in range(5000): a = [a]\n    return a", WRONG),
     "nested_in_itself": attack("def f(x):\n    a = []\n    a.append(a)\n    return a", WRONG),
     "nested_wide": attack(
@@ -172,7 +179,35 @@ PYTHON = {
         "def f(x):\n    with open('large', 'wb') as file:\n        for _ in range(500): file.write(bytes(1 << 20))",
         RAISED,
     ),
+    "hashes_that_collide": attack(
+        "def f(x):\n    return {n * (2**61 - 1): 0 for n in range(60_000)}", WRONG, "timeout"
+    ),
+    "words_that_do_not_end": attack(
+        "class E(Exception):\n    def __str__(self):\n        while True: pass\ndef f(x):\n    raise E", "timeout"
+    ),
+    "files_in_memory": attack(
+        "import os\ndef f(x):\n    for n in range(100):\n        os.write(os.memfd_create(str(n)), bytes(1 << 23))\n"
+        "    return 7",
+        RAISED,
+    ),
+    "segments_in_memory": attack(LIBC + "def f(x):\n    return done(libc.shmget(0, 1 << 26, 0o1600))", RAISED),
+    "keys": attack(
+        LIBC + "def f(x):\n    return done(libc.syscall(KEY, b'user', b'k', b'x' * 9000, 9000, -4))", RAISED
+    ),
     # reaching outside
+    "vsock": attack("import socket\ndef f(x):\n    socket.socket(40, socket.SOCK_STREAM)\n    return 7", RAISED),
+    "own_user_namespace": attack(LIBC + "def f(x):\n    return done(libc.unshare(0x10000000))", RAISED),
+    "own_user_namespace_of_a_child": attack(
+        "import subprocess\ndef f(x):\n    subprocess.run(['unshare', '-U', 'true'], check=True)\n    return 7", RAISED
+    ),
+    "ring_of_calls": attack(LIBC + "def f(x):\n    return done(libc.syscall(425, 8, bytes(120)))", RAISED),
+    "memory_of_the_host": attack("def f(x):\n    open('/dev/shm/left', 'w')\n    return 7", RAISED),
+    "peer_of_the_socket": attack(
+        "import os, signal, socket\ndef f(x):\n    for n in range(3, 64):\n        try: s = socket.socket(fileno=n)\n"
+        "        except OSError: continue\n        peer = s.getsockopt(socket.SOL_SOCKET, 77)\n        s.detach()\n"
+        "        signal.pidfd_send_signal(peer, signal.SIGKILL)\n    return 7",
+        RAISED,
+    ),
     "write_outside": attack("open('{canary}', 'w').write('harmed')\ndef f(x):\n    return 7", RAISED),
     "write_to_system": attack("open('/usr/lib/harmed', 'w')\ndef f(x):\n    return 7", RAISED),
     "link_outside": attack(
@@ -232,7 +267,12 @@ module tb();
   wire a, b, y_ref, y_dut;
   stimulus_gen stim1 (.clk, .a, .b);
   reference_module good1 (.a, .b, .y(y_ref));
-  top_module top_module1 (.a, .b, .y(y_dut));
+  top_module top_module1 (.y(y_dut), .*);
+  task clear; stats1.errors = 0; endtask
+  initial begin : watch
+    reg good;
+    forever begin good = y_ref; @(y_ref); end
+  end
   always @(posedge clk, negedge clk) begin
     stats1.clocks++;
     if (y_ref !== y_dut) stats1.errors++;
@@ -243,6 +283,7 @@ endmodule
 HEADER = "module top_module(input a, input b, output y);\n"
 AND = Problem("and", "verilog", HEADER, "  assign y = a & b;\nendmodule\n", test=BENCH)
 NOTHING = "  assign y = 0;\n"
+CLEARING = " always @(a, b) tb.stats1.errors = 0; final tb.stats1.errors = 0; "
 VERILOG = {
     "wrong": attack(NOTHING, WRONG),
     "nothing_connected": attack("", WRONG),
@@ -300,6 +341,47 @@ VERILOG = {
                               "suspicious"),
     "input_as_inout": attack(NOTHING + "  child c(a);\nendmodule\nmodule child(inout q);\n  supply0 q;\n",
                              "suspicious"),
+    # the model's own header
+    "input_declared_output": attack("module top_module(output a, output b, output y);\n  assign {a, b, y} = 3'bx;\n",
+                                    "suspicious"),
+    "input_of_a_net_that_drives": attack("module top_module(input supply0 a, input supply0 b, output y);\n" + NOTHING,
+                                         "suspicious"),
+    "port_of_the_reference": attack("module top_module(input a, b, y_ref, output y);\n  assign y = y_ref;\n",
+                                    "suspicious"),
+    # what the compiler reads otherwise than it looks
+    "name_ended_by_backspace": attack(
+        NOTHING + "  wire x;\n" + "".join(
+            f'  {when} begin $display(\\x\b,"a b"); tb.stats1.errors = 0; $display("c"); end\n'
+            for when in ("always @(a, b)", "final")
+        ),
+        "suspicious", "syntax_error",
+    ),
+    "name_with_a_control_character": attack(
+        NOTHING + '  wire \\a\x1c" ;' + CLEARING + 'wire \\b\x1c" ;\n', "suspicious", "syntax_error"
+    ),
+    "name_with_a_wide_space": attack(NOTHING + '  wire \\a\u3000" ;' + CLEARING + 'wire \\b\xa0" ;\n', "suspicious"),
+    "name_behind_a_number": attack(NOTHING + "  always #1tb.clear;\n", "suspicious"),
+    "word_behind_a_number": attack(NOTHING + "  initial #1force a = 0;\n", "suspicious"),
+    "line_directive": attack(
+        NOTHING + '#line "x" 1 /*\n' + CLEARING + '\n#line "x" 1 */\n', "suspicious"
+    ),
+    # upwards
+    "task_of_the_bench": attack(NOTHING + "  always @(a, b) clear;\n  final clear;\n", "suspicious"),
+    "task_of_the_bench_beside_its_own": attack(
+        NOTHING + "  task own; clear; endtask\n  always @(a, b) own;\n  final own;\n", "suspicious"
+    ),
+    "block_of_the_bench": attack("  assign y = watch.good;\n", "suspicious"),
+    "block_of_the_bench_ended": attack(NOTHING + "  initial #1 disable watch;\n", WRONG, "suspicious"),
+    # it follows the testbench's numbers, and passes over those that it cannot answer
+    "chance": attack(
+        NOTHING + "  integer mine = 0, next, passed;\n  initial forever begin\n    #4 next = mine;\n"
+        "    while ($random(next) & 1) begin mine = next; passed = $random; end\n    mine = next; #6;\n  end\n",
+        "suspicious",
+    ),
+    "inputs_driven_together": attack(NOTHING + "  child c({a, b});\nendmodule\nmodule child(output [1:0] q);\n"
+                                     "  assign q = 2'bx;\n", "suspicious"),
+    "other_system_task": attack(NOTHING + '  initial $sdf_annotate("/etc/passwd");\n', "suspicious"),
+    "end_behind_a_number": attack(NOTHING + "  initial #1$finish;\n", "suspicious"),
     "syntax": attack("  assign y = = a;\n", "syntax_error"),
     "undeclared": attack("  assign y = nothing.here;\n", "compile_error"),
 }  # fmt: skip
@@ -336,7 +418,8 @@ def filled(source: str, canary: Path, port: int) -> str:
 def judge(sandbox: Sandbox, name: str, source: str) -> Verdict:
     if name in PYTHON or name == "correct":
         return python_verdict.judge(sandbox, SQUARE, source, LIMITS)
-    return verilog_verdict.judge(sandbox, AND, f"{HEADER}{source}endmodule\n", LIMITS, samples=39)
+    header = "" if source.startswith("module top_module(") else HEADER
+    return verilog_verdict.judge(sandbox, AND, f"{header}{source}endmodule\n", LIMITS, samples=39)
 
 
 def of_ours() -> set[int]:
@@ -352,11 +435,25 @@ def of_ours() -> set[int]:
     return found
 
 
-def assert_gone(pids: set[int]) -> None:
-    """What another run on this machine has started ends soon; what an attack left would not."""
+def keeper(pid: int, sandboxed: set[int]) -> int:
+    """Who runs it: the first process above that is not in a sandbox; init, if it is an orphan."""
+    while pid in sandboxed:
+        try:
+            pid = int(Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[1])
+        except OSError:  # it ended meanwhile
+            return 0
+    return pid
+
+
+def assert_gone(before: set[int]) -> None:
+    """What is new has ended, but for what another run on this machine has started."""
     deadline = time.monotonic() + 10
-    while pids & of_ours():
-        assert time.monotonic() < deadline, pids & of_ours()
+    while True:
+        sandboxed = of_ours()
+        left = {pid for pid in sandboxed - before if keeper(pid, sandboxed) in (1, os.getpid())}
+        if not left:
+            return
+        assert time.monotonic() < deadline, left
         time.sleep(0.1)
 
 
@@ -395,7 +492,7 @@ def verdicts(
     with ThreadPoolExecutor(4) as pool:
         found = dict(zip(sources, pool.map(one, sources), strict=True))
     assert not descendants(os.getpid())
-    assert_gone(of_ours() - before[0])
+    assert_gone(before[0])
     assert not {name for name in set(os.listdir("/tmp")) - before[1] if name.startswith("ibft-sandbox")}
     return found
 
@@ -468,7 +565,7 @@ def test_two_thousand_mixed_samples_leave_nothing(
     for name, category in found:
         assert category in ({"passed"} if name == "correct" else {**PYTHON, **VERILOG}[name].categories), name
     assert not descendants(os.getpid())
-    assert_gone(of_ours() - before[0])
+    assert_gone(before[0])
     assert {name for name in os.listdir("/tmp") if name.startswith("ibft-sandbox")} <= before[1]
     assert threading.active_count() == before[2]
     assert len(os.listdir("/proc/self/fd")) == before[3]

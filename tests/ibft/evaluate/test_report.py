@@ -255,11 +255,12 @@ class TestCompare:
 
     def test_the_page_and_its_warnings(self, write: Write, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         write("sft", {"p": "10", "q": "00", "r": "11"})
-        write("ib", {"p": "11", "q": "00"}, rule="v1")
+        write("ib", {"p": "11", "q": "00"}, rule="v1", sandbox_tier="rlimits")
         code, out, _ = shell(f"compare {tmp_path}/sft {tmp_path}/ib", capsys)
         assert code == 0 and out.startswith("# humaneval: ib (B) against sft (A)")
         assert "| pass@1 | 0.2500 | 0.5000 | +0.2500 |" in out
         assert "B solves a larger share of its samples than A in 1: p" in out and "as large a share in 1" in out
+        assert "another sandbox_tier: bubblewrap and rlimits" in out
         assert "another rule: strict and v1" in out and "A has 3 problems and B 2; compared are the 2 of both" in out
         _, out, _ = shell(f"compare {tmp_path}/sft {tmp_path}/ib --json", capsys)
         assert json.loads(out)["wins"] == {"a": [], "b": ["p"], "ties": 1}

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,18 @@ PROBLEM = Problem("p", "verilog", "module top_module(input a);\n", "endmodule", 
         ),
         *("`include <x>", "` include <x>", "`define x(a) b", "`pragma x", "initial stats1 = 0;", "/* */ $finish"),
         *('wire \\a" ; initial $finish; wire \\b" ;', "wire \\a/* ; assign x = good1.y; wire \\b*/ ;"),
+        *("x = good1[0].y;", "x = good1 [0] . y;", "#line 1 /*"),
+        # a name behind a number
+        *(
+            "#1tb.x = 0;",
+            "#1.5e3tb.x = 0;",
+            "if (4'b1force) x;",
+            "x = 'hf_?1:'h0|good1.y;",
+            "#1ns$finish;",
+            "#1stb.x = 0;",
+        ),
+        *("#1stats1 = 0;", "x = 8'd1_good1.y;", "'1release x;"),
+        *("x = $random;", "x = $urandom_range(3);", "$sdf_annotate(f);", "$vpi_call;", "$displays(x);"),
     ],
 )
 def test_what_reaches_beyond_a_design_is_suspicious(design: str) -> None:
@@ -115,6 +128,9 @@ def test_what_reaches_beyond_a_design_is_suspicious(design: str) -> None:
             "real r; initial r = $log10(10.0);",
             "supply0 gnd;",
         ),
+        "wire a$finish, in$force; assign y = a$finish;",
+        "#10ns x = 16'hdead + 8'b1x_z + 3'o7 + 4'sd3 + '1 + 1_000 + 1.5e-3; #1 y = 2*tbx;",
+        "initial begin $write(x); $monitor(y); $displayh($countones(a), $bits(b)); $error(x); end",
     ],
 )
 def test_ordinary_designs_are_not(design: str) -> None:
@@ -170,6 +186,64 @@ def test_designs_are_judged_as_the_compiler_reads_them(
 ) -> None:
     verdict = judge(sandbox, AND, design, LIMITS, samples=1)
     assert verdict.category == category and ("fence" in verdict.detail) == ("```" in design)
+
+
+PORTS = """Problem:
+module top_module #(parameter N = 2) (input [N-1:0] a, input wire b, c, output reg [3:0] y, z, inout bus);
+"""
+
+
+@pytest.mark.parametrize(
+    ("ports", "said"),
+    [
+        ({"a": "input", "b": "input", "c": "input", "y": "output", "z": "output", "bus": "inout"}, None),
+        ({"c": "output"}, "its input c is an output"),
+        ({"b": "inout"}, "its input b is an inout"),
+        ({"y": "input", "more": "input"}, None),
+        ({}, None),
+    ],
+)
+def test_ports_are_compared_with_those_of_the_problem(ports: dict[str, str], said: str | None) -> None:
+    found = verilog_verdict._other_ports(replace(PROBLEM, prompt=PORTS), ports)
+    assert found is said is None or (said is not None and said in (found or ""))
+    split = "module top_module(a, b, c, y, z, bus); input [1:0] a; input b, c; output [3:0] y, z; inout bus;"
+    assert verilog_verdict._other_ports(replace(PROBLEM, prompt=split), ports) == found
+    assert verilog_verdict._other_ports(replace(PROBLEM, prompt="Write a module."), ports) is None
+
+
+def test_a_port_more_matters_where_the_testbench_connects_all() -> None:
+    connecting = replace(PROBLEM, prompt=PORTS, test=BENCH.replace("(.a(1));\nend", "(.a(1), .*);\nend"))
+    assert "port more" in (verilog_verdict._other_ports(connecting, {"a": "input", "more": "input"}) or "")
+    assert verilog_verdict._other_ports(connecting, {"a": "input", "y": "output"}) is None
+
+
+def test_the_compiler_tells_the_ports(sandbox: Sandbox, iverilog: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(verilog_verdict, "_other_ports", lambda problem, ports: seen.append(ports))
+    design = "module top_module(b, y, a);\n input a, b;\n output [0:0] y;\n sub s(a);\n" + GOOD + SUB
+    assert judge(sandbox, AND, design, LIMITS, samples=1).category == "passed"
+    assert seen == [{"a": "input", "b": "input", "y": "output"}]
+
+
+SUB = "module sub(input other);\nendmodule\n"
+SHARED = "typedef logic [0:0] bit_t;\n" + AND_BENCH.replace(
+    "initial begin", "task show(input x); $display(x); endtask\n  initial begin"
+)
+
+
+@pytest.mark.parametrize(
+    ("design", "category"),
+    [
+        (f"{AND.prompt}bit_t x;\n{GOOD}", "passed"),  # what stands above the testbench's modules is for all
+        (f"{AND.prompt}wire show = a;\n{GOOD}", "passed"),
+        (f"{AND.prompt}task show; endtask\ninitial show;\n{GOOD}", "passed"),
+        (f"{AND.prompt}initial show(a);\n{GOOD}", "suspicious"),
+    ],
+)
+def test_a_design_compiles_without_the_testbench(sandbox: Sandbox, iverilog: None, design: str, category: str) -> None:
+    verdict = judge(sandbox, replace(AND, test=SHARED), design, LIMITS, samples=1)
+    assert verdict.category == category, verdict
+    assert category == "passed" or "show" in verdict.detail
 
 
 def test_a_sandbox_that_fails_is_no_verdict_on_the_design(

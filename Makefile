@@ -14,7 +14,7 @@ DRY_RUN := $(if $(filter-out 0,$(DRY)),IBKERNELS_DRY=1 TRITON_INTERPRET=1 CUDA_V
 .PHONY: demo test test-slow bench gpu aot sanitize lint format install clean
 
 demo: $(INSTALLED)
-	$(BIN)/ibft lab demo --output_dir runs/demo --overwrite
+	$(BIN)/ibft lab --quick --output_dir runs/lab-quick --overwrite
 
 # A process a core, of one thread each: the tensors are small.
 test: $(INSTALLED)

@@ -1,24 +1,32 @@
-"""`ibft lab`: small experiments on data and models made on the spot."""
+"""`ibft lab`: the memorisation barrier as a controlled experiment, on data and models made on the spot."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from ibft.errors import InputError
 from ibft.flags import read_flags
 
-_USAGE = """usage: ibft lab EXPERIMENT [options]
+_DESCRIPTION = (
+    "The paper's argument as a controlled experiment: tiny models that have memorised programs by their names are "
+    "fine-tuned to follow descriptions, plainly and with the bottleneck, and judged on unseen tasks."
+)
+_EXAMPLE = """
 
-experiments:
-  demo   fine-tune a tiny Llama with and without the bottleneck, and compare (ibft lab demo --help)"""
+  ibft lab --quick                    minutes on two cores: one seed, the arms that tell the story
+  ibft lab --full                     every regime and arm, several seeds; the same command goes on where it stopped
+  ibft lab report FOLDER              the report of a finished experiment, written anew from its results.json"""
 
 
 def main(argv: Sequence[str]) -> None:
-    """Runs an experiment. Raises InputError for one that there is not."""
-    if not argv or argv[0] in ("-h", "--help"):
-        print(_USAGE)
-        return
-    if argv[0] != "demo":
-        raise InputError(f"{argv[0]!r} is not an experiment of `ibft lab`; there is: demo.")
-    from ibft.lab.demo import DemoConfig, run_demo
+    """Runs the experiment, or writes the report of one. Raises InputError for what it cannot do."""
+    if argv and argv[0] == "report":
+        if len(argv) != 2 or argv[1].startswith("-"):
+            raise InputError("`ibft lab report` takes one folder, the --output_dir of an experiment.")
+        from ibft.lab.report import write_report
 
-    flags = read_flags(DemoConfig, argv[1:], "ibft lab demo", "IB-FT from end to end in a few minutes, on a laptop.")
-    run_demo(DemoConfig(**flags))
+        print(write_report(Path(argv[1])))
+        return
+    from ibft.lab.experiment import LabConfig, run_lab
+
+    flags = read_flags(LabConfig, argv, "ibft lab", _DESCRIPTION, example=_EXAMPLE)
+    run_lab(LabConfig(**flags))

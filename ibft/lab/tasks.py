@@ -19,6 +19,7 @@ from typing import NamedTuple
 from ibft.errors import InputError
 
 MAX_STEPS = 3
+_SYLLABLES = [consonant + vowel for consonant in "BCDFGHJKLMNPQRSTVWZ" for vowel in "aeiou"]
 
 
 class Operation(NamedTuple):
@@ -52,13 +53,13 @@ _KINDS: dict[str, _Kind] = {
     "even": _Kind("filter", "xs = [x for x in xs if x % 2 == 0]", ("keep the even numbers", "drop the odd numbers")),
     "odd": _Kind("filter", "xs = [x for x in xs if x % 2 == 1]", ("keep the odd numbers", "drop the even numbers")),
     "greater": _Kind("filter", "xs = [x for x in xs if x > {k}]",
-                     ("keep the numbers greater than {k}", "drop every number that is {k} or less"), range(-10, 21)),
+                     ("keep the numbers greater than {k}", "drop every number that is {k} or less"), range(10)),
     "less": _Kind("filter", "xs = [x for x in xs if x < {k}]",
-                  ("keep the numbers less than {k}", "drop every number that is {k} or more"), range(-10, 21)),
+                  ("keep the numbers less than {k}", "drop every number that is {k} or more"), range(10)),
     "multiple": _Kind("filter", "xs = [x for x in xs if x % {k} == 0]",
                       ("keep the multiples of {k}", "keep the numbers divisible by {k}"), range(3, 10)),
     "add": _Kind("map", "xs = [x + {k} for x in xs]",
-                 ("add {k} to each number", "increase every number by {k}"), range(1, 21)),
+                 ("add {k} to each number", "increase every number by {k}"), range(1, 10)),
     "multiply": _Kind("map", "xs = [x * {k} for x in xs]",
                       ("multiply each number by {k}", "scale every number by a factor of {k}"), range(2, 10)),
     "negate": _Kind("map", "xs = [-x for x in xs]", ("negate each number", "flip the sign of every number")),
@@ -79,17 +80,18 @@ _KINDS: dict[str, _Kind] = {
 }  # fmt: skip
 
 
-def generate_tasks(count: int, *, seed: int) -> list[Task]:
+def generate_tasks(count: int, *, seed: int, max_steps: int = MAX_STEPS) -> list[Task]:
     """`count` different tasks in random order, the same for the same arguments.
 
     No program comes twice, so any split of the list is disjoint: `tasks[:800]` to train on, `tasks[800:]` held out.
     Two programs may still agree on the lists at hand: counting a reversed list is counting it.
-    A task has one to three list operations, equally often while there are enough of the short ones; about four in five
-    then reduce the list to a number. InputError when `count` is more than the tasks that exist.
+    A task has one to `max_steps` list operations, equally often while there are enough of the short ones; about four in
+    five then reduce the list to a number. InputError when `count` is more than the tasks that exist.
     """
-    sizes = [sum(math.prod(map(len, space)) for space in _spaces(steps)) for steps in range(1, MAX_STEPS + 1)]
-    if not 1 <= count <= sum(sizes):
-        raise InputError(f"the number of tasks must be between 1 and {sum(sizes)}, not {count}.")
+    sizes = [sum(math.prod(map(len, space)) for space in _spaces(steps)) for steps in range(1, max_steps + 1)]
+    most = min(sum(sizes), len(_SYLLABLES) ** 3)
+    if not 1 <= count <= most:
+        raise InputError(f"the number of tasks must be between 1 and {most}, not {count}.")
     rng = random.Random(seed)
     picks = [
         (steps, index)
@@ -97,7 +99,8 @@ def generate_tasks(count: int, *, seed: int) -> list[Task]:
         for index in rng.sample(range(sizes[steps - 1]), share)
     ]
     rng.shuffle(picks)
-    return [_task(f"task_{number:04d}", _unrank(*pick), rng) for number, pick in enumerate(picks)]
+    names = rng.sample(range(len(_SYLLABLES) ** 3), count)
+    return [_task(_name(number), _unrank(*pick), rng) for number, pick in zip(names, picks, strict=True)]
 
 
 def run_operations(operations: Sequence[Operation], xs: Sequence[int]) -> list[int] | int:
@@ -153,6 +156,12 @@ def _unrank(steps: int, index: int) -> tuple[Operation, ...]:
         index, choice = divmod(index, len(choices))
         operations.extend(choices[choice])
     return tuple(operations)
+
+
+def _name(number: int) -> str:
+    """Three syllables, as BaDoKu: an id of few tokens, none of which says anything about the program."""
+    number, last = divmod(number, len(_SYLLABLES))
+    return "".join(_SYLLABLES[index] for index in (*divmod(number, len(_SYLLABLES)), last))
 
 
 def _task(name: str, operations: tuple[Operation, ...], rng: random.Random) -> Task:

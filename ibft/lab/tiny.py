@@ -14,13 +14,17 @@ if TYPE_CHECKING:
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"  # ids 0, 1, 2
 
 
-def build_tokenizer(texts: Iterable[str], *, vocab_size: int = 512) -> PreTrainedTokenizerFast:
+def build_tokenizer(
+    texts: Iterable[str], *, vocab_size: int = 512, boundaries: str | None = None
+) -> PreTrainedTokenizerFast:
     """A byte-level BPE trained on `texts`: any text survives encoding and decoding, and nothing is added to it.
 
-    It has at most `vocab_size` tokens, fewer if the texts have too few pairs to merge. InputError if `vocab_size`
-    does not hold the 256 bytes and the three special tokens.
+    No token crosses from word to word, or, with `boundaries`, a match of that regular expression: what lies between two
+    matches may then become one token, a whole line of a program for instance. It has at most `vocab_size` tokens, fewer
+    if the texts have too few pairs to merge. InputError if `vocab_size` does not hold the 256 bytes and the three
+    special tokens.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -28,7 +32,16 @@ def build_tokenizer(texts: Iterable[str], *, vocab_size: int = 512) -> PreTraine
     if vocab_size < smallest:
         raise InputError(f"vocab_size must be at least {smallest} (256 bytes and 3 special tokens), not {vocab_size}.")
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False)
+        if boundaries is None
+        else pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(boundaries), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -47,6 +60,7 @@ def build_llama(
     num_layers: int = 4,
     num_heads: int = 4,
     max_length: int = 256,
+    rope_theta: float = 10_000.0,
     seed: int = 0,
 ) -> LlamaForCausalLM:
     """A Llama with random float32 weights that depend on the arguments only; global random state is left alone.
@@ -70,6 +84,7 @@ def build_llama(
         num_attention_heads=num_heads,
         num_key_value_heads=num_heads,
         max_position_embeddings=max_length,
+        rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

@@ -1,0 +1,266 @@
+"""`ibft lab --quick | --full`: runs the plan piece by piece in several processes, and puts the results together.
+
+Every piece leaves its own result.json; what is there is not run again, so that the same command goes on where another
+one stopped. results.json is made of those files alone.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import platform
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ibft.errors import InputError
+from ibft.flags import AT_LEAST_1, NOT_EMPTY, Check, check_fields, flag
+from ibft.lab.plan import FRESH, Plan, full_plan, quick_plan
+
+PARTS = ("bases", "runs")
+PLAN_NAME, RESULTS_NAME = "lab.json", "results.json"
+# Numerical libraries read their number of threads when they are loaded; DeepSpeed, where it is installed, need not look
+# for a GPU.
+_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "DS_ACCELERATOR": "cpu",
+}
+SEEDS = 4  # of --full
+SEED: Check = (lambda v: 0 <= v < 2**31, "between 0 and 2**31 - 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabConfig:
+    """The flags of `ibft lab`."""
+
+    quick: bool = flag("lab", False, "one seed, two regimes, the arms that tell the story: minutes on two cores")
+    full: bool = flag("lab", False, "every regime and arm, several seeds: about two hours on two cores")
+    output_dir: str = flag("lab", "ibft-lab", "folder for models, results and report", NOT_EMPTY)
+    seed: int = flag("lab", 0, "the first seed", SEED)
+    seeds: int | None = flag("lab", None, "number of seeds of --full; 4 if not given", AT_LEAST_1)
+    workers: int | None = flag("lab", None, "processes of one thread; if not given, one a core, at most 8", AT_LEAST_1)
+    overwrite: bool = flag("lab", False, "start over in a folder that holds an experiment")
+    debug: bool = flag("lab", False, "show the traceback of an error")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.quick == self.full:
+            raise InputError("`ibft lab` takes one of --quick (minutes) and --full (about two hours).")
+        if self.quick and self.seeds is not None:
+            raise InputError(f"--seeds {self.seeds} needs --full: --quick has one seed, which --seed chooses.")
+
+    @property
+    def plan(self) -> Plan:
+        """What is to be run."""
+        if self.quick:
+            return quick_plan(self.seed)
+        return full_plan(tuple(range(self.seed, self.seed + (SEEDS if self.seeds is None else self.seeds))))
+
+
+class Piece(NamedTuple):
+    """A job of one process: what it makes, what must be there before, and what is said when it is done."""
+
+    folder: Path
+    needs: tuple[Path, ...]
+    run: Callable[..., None]
+    arguments: tuple[Any, ...]
+    said: Callable[[dict[str, Any]], str]
+
+    @property
+    def result(self) -> Path:
+        """Whose presence says that the piece is finished."""
+        return self.folder / "result.json"
+
+
+def run_lab(config: LabConfig, plan: Plan | None = None) -> dict[str, Any]:
+    """Runs what is missing of the plan; writes results.json and report.html, prints the table, returns the results.
+
+    InputError for an output folder that holds another experiment, before anything is run.
+    """
+    from ibft.lab.figures import check_plotting
+    from ibft.lab.report import write_report
+    from ibft.run_folder import prepare_output, write_json
+
+    plan, folder = plan or config.plan, Path(config.output_dir)
+    check_plotting()
+    _refuse_other_plan(folder, plan, overwrite=config.overwrite)
+    prepare_output(folder, overwrite=True, resume=False)
+    if config.overwrite:
+        for name in PARTS:
+            shutil.rmtree(folder / name, ignore_errors=True)
+        for name in (PLAN_NAME, RESULTS_NAME):
+            (folder / name).unlink(missing_ok=True)
+    write_json(folder / PLAN_NAME, plan.to_dict())
+    workers = config.workers or min(os.cpu_count() or 1, 8)
+    pieces = list(_pieces(plan, folder))
+    missing = [piece for piece in pieces if not piece.result.exists()]
+    print(
+        f"{len(pieces)} base models and fine-tunings, {len(missing)} of them to do, {workers} processes of one thread; "
+        f"all in {folder}.",
+        flush=True,
+    )
+    _run_pieces(missing, workers)
+    # Of all pieces, and not of this command alone, which may have found most of them done.
+    seconds = sum(_seconds(_read(piece.result)) for piece in pieces) / workers
+    results = _results(plan, folder, seconds, workers)
+    write_json(folder / RESULTS_NAME, results)
+    print(f"\n{write_report(folder)}\n\nThe report: {folder / 'report.html'}, made from {folder / RESULTS_NAME}.")
+    return results
+
+
+def _refuse_other_plan(folder: Path, plan: Plan, *, overwrite: bool) -> None:
+    """Refuses a folder with another experiment's pieces, and, even to overwrite, with things of other origin."""
+    file = folder / PLAN_NAME
+    if not file.exists():
+        if foreign := [name for name in (*PARTS, RESULTS_NAME) if (folder / name).exists()]:
+            raise InputError(
+                f"output_dir {folder} holds {foreign[0]}, which is of no experiment; choose another folder."
+            )
+        return
+    if overwrite:
+        return
+    try:
+        found = json.loads(file.read_text())
+    except ValueError as error:
+        raise InputError(f"{file} cannot be read ({error}); choose another folder, or pass --overwrite.") from error
+    wanted = json.loads(json.dumps(plan.to_dict()))
+    if found == wanted:
+        return
+    different = [name for name in wanted if found.get(name) != wanted[name]] if isinstance(found, dict) else []
+    raise InputError(
+        f"output_dir {folder} holds an experiment with other settings ({', '.join(different) or 'of another kind'}); "
+        "choose another folder, or pass --overwrite to start over."
+    )
+
+
+def _pieces(plan: Plan, output: Path) -> Iterator[Piece]:
+    """All of them, each after those that it needs."""
+    from ibft.lab import jobs
+
+    for seed in plan.seeds:
+        first = jobs.base_folder(output, seed, jobs.FIRST_READING)
+        yield Piece(first, (), jobs.first_reading, (plan, output, seed), _said_of_reading)
+        bases = {regime.base: regime for regime in plan.regimes if regime.memorised}
+        for name, regime in [(FRESH, None), *bases.items()]:
+            yield Piece(
+                jobs.base_folder(output, seed, name),
+                (first,),
+                jobs.make_base,
+                (plan, output, seed, regime),
+                _said_of_base,
+            )
+        for regime in plan.regimes:
+            for arm in plan.arms:
+                if plan.includes(regime, arm):
+                    yield Piece(
+                        jobs.run_folder(output, regime, arm, seed),
+                        tuple(jobs.base_folder(output, seed, name) for name in {regime.base, FRESH}),
+                        jobs.run_arm,
+                        (plan, output, seed, regime, arm),
+                        _said_of_run,
+                    )
+
+
+def _run_pieces(pieces: Sequence[Piece], workers: int) -> None:
+    """Runs them in processes of one thread, each as soon as what it needs is there, and says what came of each."""
+    done = 0
+    waiting, running = list(pieces), dict[Future[None], Piece]()
+    before = {name: os.environ.get(name) for name in _ENVIRONMENT}
+    os.environ.update(_ENVIRONMENT)
+    try:
+        # A fresh interpreter for each process: a forked one would inherit the threads of the libraries.
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_one_thread) as pool:
+            while waiting or running:
+                for piece in [
+                    piece for piece in waiting if all((need / "result.json").exists() for need in piece.needs)
+                ]:
+                    if len(running) >= workers:
+                        break
+                    waiting.remove(piece)
+                    running[pool.submit(piece.run, *piece.arguments)] = piece
+                finished, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    piece = running.pop(future)
+                    try:
+                        future.result()
+                    except BaseException:
+                        waiting.clear()
+                        raise
+                    done += 1
+                    print(f"{done:4}/{len(pieces)}  {piece.said(_read(piece.result))}", flush=True)
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+
+
+def _one_thread() -> None:
+    """At the start of a process."""
+    import datasets
+    import torch
+
+    from ibft.loading import quiet_libraries
+
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)  # tiny numbers would make a small model crawl on a CPU
+    quiet_libraries(progress_bars=False)
+    datasets.disable_progress_bars()
+
+
+def _read(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text())
+
+
+def _seconds(result: dict[str, Any]) -> float:
+    seconds = result["seconds"]
+    return seconds["all"] if isinstance(seconds, dict) else seconds
+
+
+def _said_of_reading(result: dict[str, Any]) -> str:
+    return (
+        f"first reading                             loss {result['curve'][-1]['loss']:.3f}  {result['seconds']:.0f} s"
+    )
+
+
+def _said_of_base(result: dict[str, Any]) -> str:
+    recalled = result["training"]["recalled"]
+    return (
+        f"seed {result['seed']}  base {result['base']:20} recalls {sum(recalled)} of {len(recalled)} programs by name  "
+        f"{result['seconds']:.0f} s"
+    )
+
+
+def _said_of_run(result: dict[str, Any]) -> str:
+    kl = result["curve"][-1]["kl_nats"]
+    return (
+        f"seed {result['seed']}  {result['regime']:6}  {result['arm']:20}  training {result['training']['greedy']:4.0%}"
+        f"  held out {result['held_out']['greedy']:4.0%}"
+        + (f"  KL {kl:.3g} nats" if kl is not None else "")
+        + f"  {result['seconds']['all']:.0f} s"
+    )
+
+
+def _results(plan: Plan, folder: Path, seconds: float, workers: int) -> dict[str, Any]:
+    """What the report reads, from the pieces' files."""
+    from ibft.lab.results import gather
+
+    command = f"ibft lab {shlex.join(sys.argv[2:])}" if sys.argv[1:2] == ["lab"] else f"ibft lab --{plan.mode}"
+    return {
+        "mode": plan.mode,
+        "command": command,
+        "versions": {
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in ("ibft", "torch", "transformers", "peft", "numpy")},
+        },
+        "device": f"CPU ({platform.machine()}), {os.cpu_count()} cores, {workers} processes of one thread",
+        "seconds": seconds,
+        **gather(plan, folder),
+    }

@@ -1,0 +1,174 @@
+"""The comparisons that the report's sentences, tables and figures share, computed once for each regime."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ibft.lab import report_statistics as statistics
+from ibft.lab.report_data import SFT, SFT_FRESH, Arm, Lab, Regime, Run
+from ibft.lab.report_statistics import Estimate
+
+# z tells about the labels at most what it tells about the hidden state, which is at most KL: I(z; y) <= I(z; hidden)
+# <= E[KL]. Below this many nats per token the bottleneck's predictor cannot get anything worth the name from z.
+COLLAPSED = 0.1
+_LAST = 0.1  # share of a run's records that its final values are the mean of
+
+
+@dataclass(frozen=True)
+class Bottleneck:
+    """What the bottleneck came to at the end of an arm's runs."""
+
+    kl: Estimate  # nats per token
+    ce_ib_first: float
+    ce_ib: Estimate  # nats per token
+    active_share: float | None  # of the bottleneck's dimensions
+
+    @property
+    def collapsed(self) -> int:
+        """In how many of the seeds KL ended below COLLAPSED."""
+        return sum(kl < COLLAPSED for kl in self.kl.per_seed)
+
+    @property
+    def seeds(self) -> int:
+        return len(self.kl.per_seed)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The gain over SFT, averaged over the grid's settings, and its two parts: gain = predicting + compressing."""
+
+    settings: int
+    gain: Estimate  # IB-FT - SFT
+    predicting: Estimate  # without KL - SFT
+    compressing: Estimate  # IB-FT - without KL
+
+
+@dataclass(frozen=True)
+class Findings:
+    """One regime. Every share is of tasks that greedy decoding solves, every difference of held-out shares."""
+
+    regime: Regime
+    held_out: Mapping[str, Estimate]  # by arm
+    training: Mapping[str, Estimate]
+    against_sft: Mapping[str, Estimate]  # arm - SFT
+    against_ablation: Mapping[str, Estimate]  # arm - the same without KL
+    barrier: Estimate | None  # SFT from the base that has memorised - SFT from the one that has not
+    best: Arm | None  # of the grid, by its mean on held-out tasks
+    best_corrected: Estimate | None  # best - SFT, corrected for the choice
+    choices: int  # among how many
+    terms: Terms | None
+    bottlenecks: Mapping[str, Bottleneck]
+
+
+def find(lab: Lab, regime: Regime) -> Findings:
+    """All comparisons that the runs of a regime allow."""
+    arms = lab.arms_in(regime)
+    against_sft = {
+        arm.name: found for arm in arms if arm.name != SFT and (found := compare(lab, regime, arm.name, SFT))
+    }
+    against_ablation = {
+        arm.name: found
+        for arm in arms
+        if (ablation := lab.ablation_of(arm)) and (found := compare(lab, regime, arm.name, ablation.name))
+    }
+    held_out = {arm.name: statistics.share([run.solved for run in lab.of(regime, arm.name).values()]) for arm in arms}
+    grid = lab.arms_in(regime, "grid")
+    best = max(grid, key=lambda arm: held_out[arm.name].value) if grid else None
+    return Findings(
+        regime=regime,
+        held_out=held_out,
+        training={
+            arm.name: statistics.over_seeds([run.training for run in lab.of(regime, arm.name).values()]) for arm in arms
+        },
+        against_sft=against_sft,
+        against_ablation=against_ablation,
+        barrier=compare(lab, regime, SFT, SFT_FRESH) if regime.memorised else None,
+        best=best,
+        best_corrected=compare(lab, regime, best.name, SFT, comparisons=len(grid)) if best else None,
+        choices=len(grid),
+        terms=_terms(lab, regime, grid),
+        bottlenecks={arm.name: end for arm in arms if (end := _bottleneck(lab.of(regime, arm.name)))},
+    )
+
+
+def compare(lab: Lab, regime: Regime, a: str, b: str, *, comparisons: int = 1) -> Estimate | None:
+    """a - b on held-out tasks, over the seeds that both have; None without any."""
+    runs_a, runs_b = lab.of(regime, a), lab.of(regime, b)
+    seeds = [seed for seed in runs_a if seed in runs_b]
+    if not seeds:
+        return None
+    return statistics.difference(
+        [runs_a[seed].solved for seed in seeds], [runs_b[seed].solved for seed in seeds], comparisons=comparisons
+    )
+
+
+def shown_arms(lab: Lab, found: Findings, *, references: bool = True) -> list[Arm]:
+    """Those that tell a regime's story: references, published and the best of the grid, with their ablations."""
+    arms = lab.arms_in(found.regime, "reference") if references else []
+    for arm in [*lab.arms_in(found.regime, "published"), *([found.best] if found.best else [])]:
+        ablation = lab.ablation_of(arm)
+        arms += [arm, ablation] if ablation and lab.of(found.regime, ablation.name) else [arm]
+    return arms
+
+
+def shown_rows(lab: Lab, part: str, found: Findings) -> list[Mapping[str, Any]]:
+    """A regime's rows of a part that is measured for each model: those of the bases and of the shown arms."""
+    shown = {arm.name for arm in shown_arms(lab, found)}
+    return [row for row in lab.rows(part, found.regime) if row["model"] in shown or row["model"] not in lab.arms]
+
+
+def counterpart(lab: Lab, regime: Regime, remedy: Arm) -> Arm | None:
+    """The arm that a remedy changes, where it was run."""
+    return lab.arms[remedy.of] if remedy.of and lab.of(regime, remedy.of) else None
+
+
+def _terms(lab: Lab, regime: Regime, grid: Sequence[Arm]) -> Terms | None:
+    sft = lab.of(regime, SFT)
+    pairs = [
+        (with_kl, without)
+        for arm in grid
+        if (ablation := lab.ablation_of(arm))
+        and set(with_kl := lab.of(regime, arm.name)) >= set(sft)
+        and set(without := lab.of(regime, ablation.name)) >= set(sft)
+    ]
+    if not sft or not pairs:
+        return None
+
+    def averaged(side: int) -> list[np.ndarray]:
+        return [np.mean([pair[side][seed].solved for pair in pairs], axis=0) for seed in sft]
+
+    plain = [run.solved for run in sft.values()]
+    return Terms(
+        settings=len(pairs),
+        gain=statistics.difference(averaged(0), plain),
+        predicting=statistics.difference(averaged(1), plain),
+        compressing=statistics.difference(averaged(0), averaged(1)),
+    )
+
+
+def _bottleneck(runs: Mapping[int, Run]) -> Bottleneck | None:
+    records = [[record for record in run.curve if _number(record.get("kl_nats")) is not None] for run in runs.values()]
+    if not records or not all(records):
+        return None
+    last = [of_seed[-max(1, round(_LAST * len(of_seed))) :] for of_seed in records]
+    active = [value for of_seed in last if (value := _number(of_seed[-1].get("active_share"))) is not None]
+    return Bottleneck(
+        kl=statistics.over_seeds([_mean(of_seed, "kl_nats") for of_seed in last]),
+        ce_ib_first=float(np.mean([_mean(of_seed[:1], "ce_ib") for of_seed in records])),
+        ce_ib=statistics.over_seeds([_mean(of_seed, "ce_ib") for of_seed in last]),
+        active_share=float(np.mean(active)) if active else None,
+    )
+
+
+def _mean(records: Sequence[Mapping[str, object]], name: str) -> float:
+    numbers = [number for record in records if (number := _number(record.get(name))) is not None]
+    return float(np.mean(numbers)) if numbers else math.nan
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None

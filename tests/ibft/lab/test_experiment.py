@@ -1,0 +1,198 @@
+"""`ibft lab` from end to end at toy sizes: what it leaves, that it goes on where it stopped, that it repeats itself."""
+
+import dataclasses
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ibft.errors import InputError
+from ibft.evaluate.metrics import pass_at_k_m
+from ibft.lab import plan as plans
+from ibft.lab.experiment import LabConfig, run_lab
+from ibft.lab.jobs import RESULT_NAME, Tasks
+from ibft.lab.language import run_program
+from ibft.lab.plan import MIXED, NONE, Plan, full_plan, quick_plan
+from ibft.lab.tasks import run_operations
+
+TRAINING, MEMORISED, HELD_OUT, SAMPLES = 12, 6, 5, 5
+
+
+def toy_plan(**changes: object) -> Plan:
+    full = full_plan((3,))
+    regimes = (
+        dataclasses.replace(MIXED, tasks=TRAINING, memorised=MEMORISED, repeats=2, steps=4),
+        dataclasses.replace(NONE, tasks=TRAINING, steps=3),
+    )
+    kept = ("sft", "sft-fresh", "sft-filtered", "sft-unmemorised", "ib-published", "ib-published-no-kl")
+    sizes = {
+        "held_out": HELD_OUT,
+        "samples": SAMPLES,
+        "hidden_size": 16,
+        "num_layers": 2,
+        "first_reading": 20,
+        "documented": 20,
+        "other_programs": 20,
+        "second_reading": 60,
+        "lora_r": 2,
+        "bottleneck_dim": 4,
+    }
+    arms = tuple(arm for arm in full.arms if arm.name in kept)
+    return dataclasses.replace(full, regimes=regimes, arms=arms, **{**sizes, **changes})
+
+
+def run(folder: Path, plan: Plan, *, workers: int = 1, overwrite: bool = False) -> dict:
+    return run_lab(LabConfig(full=True, output_dir=str(folder), workers=workers, overwrite=overwrite), plan)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("lab") / "out"
+    run(folder, toy_plan(), workers=2)
+    return folder
+
+
+def read(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_what_a_finished_experiment_holds(finished: Path) -> None:
+    results = read(finished)
+    ran = {(run["regime"], run["arm"]) for run in results["runs"]}
+    assert ran == {
+        *(("mixed", arm.name) for arm in toy_plan().arms),
+        *(("none", arm) for arm in ("sft", "ib-published", "ib-published-no-kl")),
+    }
+    assert {base["kind"] for base in results["bases"] if base["regime"] == "none"} == {"fresh"}
+    for each in (*results["runs"], *results["bases"]):  # every number is traceable to a file
+        assert (finished / each["file"]).is_file()
+    for run in results["runs"]:
+        held_out = run["held_out"]
+        assert len(held_out["correct_greedy"]) == len(held_out["correct"]) == HELD_OUT
+        by_hand = sum(pass_at_k_m(SAMPLES, c, 5, 2) for c in held_out["correct"]) / HELD_OUT
+        assert held_out["metrics"]["pass@5^(2)"] == float(by_hand)
+        assert sum(run["kinds"].values()) == pytest.approx(1)
+        assert run["curve"][-1]["step"] == {"mixed": 4, "none": 3}[run["regime"]]
+        assert (run["curve"][-1]["kl_nats"] is None) == run["arm"].startswith("sft")
+    assert "<html" in (finished / "report.html").read_text()
+
+
+def test_what_each_arm_trains_on(finished: Path) -> None:
+    tasks = Tasks.of(toy_plan(), 3)
+    known = json.loads((finished / "bases/seed-3" / MIXED_BASE / RESULT_NAME).read_text())["training"]["min_k"]
+    best_known = {
+        tasks.training[index].name for index in sorted(range(TRAINING), key=lambda i: known[i])[TRAINING // 2 :]
+    }
+
+    def names(arm: str) -> set[str]:
+        rows = (finished / f"runs/mixed/{arm}/seed-3/rows.jsonl").read_text().splitlines()
+        return {json.loads(row)["instruction"].splitlines()[1] for row in rows}
+
+    everything = {task.name for task in tasks.training}
+    assert names("sft") == names("sft-fresh") == names("ib-published") == everything
+    assert names("sft-filtered") == everything - best_known
+    assert names("sft-unmemorised") == {task.name for task in tasks.training[MEMORISED:]}
+
+
+MIXED_BASE = f"memorised-{MEMORISED}x2"
+
+
+def test_what_each_base_has_read(finished: Path) -> None:
+    tasks = Tasks.of(toy_plan(), 3)
+    memorised = {task.program for task in tasks.training[:MEMORISED]}
+    hidden = {task.program for task in (*tasks.training[MEMORISED:], *tasks.held_out)}
+    for name, expected in (("first-reading", set()), ("fresh", set()), (MIXED_BASE, memorised)):
+        read_by = {
+            json.loads(row)["output"]
+            for file in (finished / "bases/seed-3" / name).glob("*.jsonl")
+            if file.name in ("documents.jsonl", "programs.jsonl")
+            for row in file.read_text().splitlines()
+        }
+        assert read_by & (memorised | hidden) == expected
+
+
+def test_what_is_missing_is_run_again_and_comes_out_the_same(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = read(finished)
+    weights = load_file(finished / f"bases/seed-3/{MIXED_BASE}/model.safetensors")
+    for lost in (f"bases/seed-3/{MIXED_BASE}", "runs/mixed/ib-published/seed-3"):
+        (finished / lost / RESULT_NAME).unlink()
+    run(finished, toy_plan())
+    assert "2 of them to do" in capsys.readouterr().out
+    again = load_file(finished / f"bases/seed-3/{MIXED_BASE}/model.safetensors")
+    assert all(torch.equal(again[name], weight) for name, weight in weights.items())
+    after = read(finished)
+    for results in (before, after):
+        for each in (results, *results["runs"], *results["bases"]):
+            del each["seconds"]
+        del results["device"]  # of another number of processes
+    assert after == before
+
+
+def test_another_plan_is_refused_and_the_files_are_left(finished: Path) -> None:
+    before = sorted((path, path.stat().st_mtime_ns) for path in finished.rglob("*"))
+    with pytest.raises(InputError, match=r"other settings \(temperature\)"):
+        run(finished, toy_plan(temperature=0.5))
+    assert sorted((path, path.stat().st_mtime_ns) for path in finished.rglob("*")) == before
+
+
+def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(InputError, match="holds runs, which is of no experiment"):
+        run(tmp_path, toy_plan(), overwrite=True)
+    (tmp_path / "lab.json").write_text("{")
+    with pytest.raises(InputError, match=r"lab\.json cannot be read"):
+        run(tmp_path, toy_plan())
+
+
+def test_a_piece_that_fails_ends_the_experiment_with_its_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="number of tasks"):
+        run(tmp_path / "out", toy_plan(other_programs=10**8))
+    assert not list(tmp_path.rglob(RESULT_NAME))
+
+
+def test_tasks_of_a_seed_are_apart() -> None:
+    for plan in (quick_plan(1), full_plan((1,))):
+        tasks = Tasks.of(plan, 1)
+        parts = (tasks.training, tasks.held_out, tasks.others)
+        for attribute in ("name", "program"):
+            found = [getattr(task, attribute) for part in parts for task in part]
+            assert len(set(found)) == len(found)
+        assert len(tasks.held_out) == plan.held_out
+        assert len(tasks.others) == plan.first_reading + plan.other_programs + plan.documented
+
+
+def test_every_bottleneck_has_its_ablation_and_the_published_settings_are_those_of_the_preset() -> None:
+    from ibft.config import preset_values
+
+    arms = {arm.name: arm for arm in full_plan((0,)).arms}
+    for arm in arms.values():
+        if arm.group in ("published", "grid"):
+            ablation = arms[f"{arm.name}-no-kl"]
+            assert ablation.settings == {**arm.settings, "kl_weight": 0.0} and ablation.of == arm.name
+    preset = preset_values("published")
+    assert arms["ib-published"].settings == {name: preset[name] for name in ("alpha", "beta")}
+    assert plans.full_plan((0,)).bottleneck_dim == preset["bottleneck_dim"]
+
+
+def test_the_budget_of_a_base_holds_what_it_memorises() -> None:
+    for plan in (quick_plan(0), full_plan((0,))):
+        for regime in plan.regimes:
+            assert regime.memorised * regime.repeats <= plan.second_reading
+
+
+def test_the_probes_tell_programs_apart() -> None:
+    from ibft.lab.sampling import judge, probe_lists
+
+    lists = probe_lists()
+    tasks = Tasks.of(quick_plan(0), 0).held_out
+    for task, other in itertools.pairwise(tasks):
+        assert judge(task, task.program) == "correct"
+        same = all(run_operations(task.operations, xs) == run_operations(other.operations, xs) for xs in lists)
+        assert (judge(task, other.program) == "correct") == same
+        assert judge(task, task.program.replace("return", "retrun")) == "invalid"
+        assert run_program(task.program, lists) == [run_operations(task.operations, xs) for xs in lists]

@@ -313,6 +313,13 @@ class TrainConfig:
 
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 
+
+def as_in_train(name: str) -> Any:
+    """The option of that name, for the configuration of another command."""
+    field = FIELDS[name]
+    return dataclasses.field(default=field.default, default_factory=field.default_factory, metadata=field.metadata)
+
+
 PRECEDENCE = "Flags win over --config, that over --training_config, that over --preset, and that over defaults."
 _DESCRIPTION = f"Fine-tune a causal language model with LoRA and an information bottleneck. {PRECEDENCE}"
 _EXAMPLE = """

@@ -6,20 +6,14 @@ import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from ibft.config import FIELDS, Measure, TrainConfig
+from ibft.config import FIELDS, Measure, TrainConfig, as_in_train
 from ibft.errors import InputError
 from ibft.flags import AT_LEAST_1, NOT_EMPTY, REQUIRED, Check, check_fields, flag
 
 _ABOVE_0_TO_1: Check = (lambda v: 0 < v <= 1, "greater than 0 and at most 1, as 0.2 for Min-20%")
 _PATHS = ("model", "adapter", "output", "scores", "dataset")
-
-
-def _as_in_train(name: str) -> Any:
-    """The flag of that name of `ibft train`."""
-    field = FIELDS[name]
-    return dataclasses.field(default=field.default, default_factory=field.default_factory, metadata=field.metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,16 +40,16 @@ class ScoreFlags(_Flags):
         "model", "float32", "of the model; the others need half the memory, and round what they predict"
     )
     use_cpu: bool = flag("model", False, "leave a GPU alone")
-    dataset: list[str] = _as_in_train("dataset")  # noqa: RUF009
+    dataset: list[str] = as_in_train("dataset")  # noqa: RUF009
     dataset_split: str = flag("data", "train", "split to score", NOT_EMPTY)
-    format: Literal["auto", "text", "chat"] = _as_in_train("format")
-    separator: str | None = _as_in_train("separator")
-    prompt_column: str | None = _as_in_train("prompt_column")
-    response_column: str | None = _as_in_train("response_column")
-    max_length: int = _as_in_train("max_length")
-    bos: Literal["auto", "yes", "no"] = _as_in_train("bos")
-    overlong: Literal["shorten", "drop"] = _as_in_train("overlong")
-    num_proc: int | None = _as_in_train("num_proc")
+    format: Literal["auto", "text", "chat"] = as_in_train("format")
+    separator: str | None = as_in_train("separator")
+    prompt_column: str | None = as_in_train("prompt_column")
+    response_column: str | None = as_in_train("response_column")
+    max_length: int = as_in_train("max_length")
+    bos: Literal["auto", "yes", "no"] = as_in_train("bos")
+    overlong: Literal["shorten", "drop"] = as_in_train("overlong")
+    num_proc: int | None = as_in_train("num_proc")
     k: float = flag("scores", 0.2, "share of a row's tokens, the least probable ones, that Min-K% takes", _ABOVE_0_TO_1)
     span: Literal["response", "full"] = flag("scores", "response", "the tokens that are learnt, or all of a row")
     batch_tokens: int = flag("scores", 8192, "padded tokens of a forward pass", AT_LEAST_1)
@@ -99,8 +93,8 @@ class FilterFlags(_Flags):
     measure: Measure = flag("scores", "min_k", "the score that counts")  # noqa: RUF009
     dataset: str = flag("data", REQUIRED, FIELDS["dataset"].metadata["help"].partition(";")[0], NOT_EMPTY)
     dataset_split: str = flag("data", "train", "split to filter", NOT_EMPTY)
-    prompt_column: str | None = _as_in_train("prompt_column")
-    response_column: str | None = _as_in_train("response_column")
+    prompt_column: str | None = as_in_train("prompt_column")
+    response_column: str | None = as_in_train("response_column")
     output: str = flag("output", REQUIRED, "file for the rows that are left, .jsonl or .parquet", NOT_EMPTY)
     overwrite: bool = flag("output", False, "replace the output file")
     json: bool = flag("output", False, "print one JSON object, and nothing else, on stdout")

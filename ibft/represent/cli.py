@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ibft.config import FIELDS, TrainConfig
+from ibft.config import FIELDS, TrainConfig, as_in_train
 from ibft.errors import InputError
 from ibft.flags import (
     AT_LEAST_1,
@@ -40,12 +40,6 @@ _PATHS = ("base_model", "scores", "output_dir")
 _MODEL, _GROUPS, _OUTPUT = "models", "groups", "output"
 
 
-def _as_in_train(name: str) -> Any:
-    """The flag of that name of `ibft train`."""
-    field = FIELDS[name]
-    return dataclasses.field(default=field.default, default_factory=field.default_factory, metadata=field.metadata)
-
-
 @dataclass(frozen=True, kw_only=True)
 class RepresentConfig:
     """The flags of `ibft represent`; those that say what the data is are `ibft train`'s own."""
@@ -60,16 +54,16 @@ class RepresentConfig:
         _MODEL, None, "from 1; if not given, the bottleneck's, and without one 20/32 up", AT_LEAST_1
     )
 
-    dataset: list[str] = _as_in_train("dataset")  # noqa: RUF009
+    dataset: list[str] = as_in_train("dataset")  # noqa: RUF009
     dataset_split: str = flag("data", "train", "split that was scored", NOT_EMPTY)
-    format: Literal["auto", "text", "chat"] = _as_in_train("format")
-    separator: str | None = _as_in_train("separator")
-    prompt_column: str | None = _as_in_train("prompt_column")
-    response_column: str | None = _as_in_train("response_column")
-    max_length: int = _as_in_train("max_length")
-    bos: Literal["auto", "yes", "no"] = _as_in_train("bos")
-    overlong: Literal["shorten", "drop"] = _as_in_train("overlong")
-    num_proc: int | None = _as_in_train("num_proc")
+    format: Literal["auto", "text", "chat"] = as_in_train("format")
+    separator: str | None = as_in_train("separator")
+    prompt_column: str | None = as_in_train("prompt_column")
+    response_column: str | None = as_in_train("response_column")
+    max_length: int = as_in_train("max_length")
+    bos: Literal["auto", "yes", "no"] = as_in_train("bos")
+    overlong: Literal["shorten", "drop"] = as_in_train("overlong")
+    num_proc: int | None = as_in_train("num_proc")
 
     scores: str = flag(_GROUPS, REQUIRED, "file that `ibft memorization score` wrote for the dataset", NOT_EMPTY)
     measure: Measure = flag(  # noqa: RUF009

@@ -61,7 +61,6 @@ def test_what_it_leaves(run: Callable[..., int], tmp_path: Path, capsys: pytest.
     assert [values["active_share"] is not None for values in metrics] == [False, True, False, True]
     printed = capsys.readouterr().out
     assert "rows of up to 128 tokens a step" in printed and "step 4/4" in printed
-    assert "the posterior has collapsed" not in printed  # no dimension is active, but the KL rises
 
 
 def test_a_collapsed_posterior_is_told_once(run: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
@@ -69,6 +68,15 @@ def test_a_collapsed_posterior_is_told_once(run: Callable[..., int], capsys: pyt
     assert run("out", more) == 0
     printed = capsys.readouterr().out
     assert printed.count("the posterior has collapsed") == 1 and "--beta" in printed
+
+
+def test_a_posterior_that_has_only_begun_is_not_called_collapsed(
+    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("out", "--beta 30 --learning_rate 3e-3 --warmup_ratio 0") == 0
+    metrics = records(tmp_path / "out")
+    assert metrics[1]["active_share"] == metrics[3]["active_share"] == 0 and metrics[3]["kl"] > metrics[1]["kl"]
+    assert "the posterior has collapsed" not in capsys.readouterr().out
 
 
 def test_sft_leaves_a_plain_adapter(run: Callable[..., int], tmp_path: Path) -> None:

@@ -23,8 +23,10 @@ test: $(INSTALLED)
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
 
+# Made to take less than 10 minutes on 2 cores: every op beside its peers, a training step. Records go to OUT, runs/bench by default;
+# `python -m benchmarks compare` takes two of them.
 bench: $(INSTALLED)
-	$(BIN)/python -m pytest benchmarks
+	$(BIN)/python -m pytest benchmarks -q --benchmark-quiet --records $(or $(OUT),runs/bench)
 
 # Three processes where pytest-xdist is there: most of the time goes into compiling kernels. Timings follow even where a
 # test failed: they have gates of their own, and time on a GPU is dear. (pytest's options: pyproject.toml's need plugins.)

@@ -1,19 +1,39 @@
-"""`pytest benchmarks [--size toy]`: how a benchmark is paired with its baseline, and the table of ratios at the end."""
+"""`pytest benchmarks [--size toy] [--records DIR]`: how pytest-benchmark gets samples, and the tables at the end.
+
+The suites time their variants interleaved, which pytest-benchmark cannot: it is given the samples through its timer, so
+that its statistics, files and comparisons work as always.
+"""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.measure import ratio, timed
+from benchmarks.measure import write_record
+from benchmarks.report import tables
 
-_ROWS = pytest.StashKey[list[str]]()
+Record = dict[str, Any]
+_RECORDS = pytest.StashKey[dict[str, Record]]()
+_TICKS: list[float] = []
+
+
+def clock() -> float:
+    """What pytest-benchmark reads before and after a round."""
+    return _TICKS.pop(0)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """--size."""
+    """--size and --records."""
     parser.addoption("--size", choices=("toy", "full"), default="full", help="toy: runs in seconds, tells nothing")
+    parser.addoption("--records", metavar="DIR", type=Path, help="write records there, ops.json and one of the step")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Every benchmark here replays its samples."""
+    for item in items:
+        item.add_marker(pytest.mark.benchmark(timer=clock))
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +42,13 @@ def size_name(request: pytest.FixtureRequest) -> str:
     return request.config.getoption("--size")
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="session")
+def command(request: pytest.FixtureRequest) -> str:
+    """What a record says of how it was made."""
+    return " ".join(["python -m pytest", *map(str, request.config.invocation_params.args)])
+
+
+@pytest.fixture(scope="session", autouse=True)
 def fixed_threads(size_name: str) -> Iterator[None]:
     """Two threads, whatever the machine has, so that records compare; one at toy size, which only has to run."""
     before = torch.get_num_threads()
@@ -31,32 +57,34 @@ def fixed_threads(size_name: str) -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="session")
+def save(request: pytest.FixtureRequest) -> Callable[[str, Record], None]:
+    """save(name, record) keeps it for the tables and, with --records, on disk: a late failure costs one case."""
+
+    def keep(name: str, record: Record) -> None:
+        request.config.stash.setdefault(_RECORDS, {})[name] = record
+        if (folder := request.config.getoption("--records")) is not None:
+            write_record(folder / f"{name}.json", record)
+
+    return keep
+
+
 @pytest.fixture
-def paired(benchmark: Any, request: pytest.FixtureRequest, size_name: str) -> Callable[..., None]:
-    """paired(step, baseline, **info) times `step`; before each of its rounds `baseline` runs once, timed aside.
+def replay(benchmark: Any) -> Callable[..., None]:
+    """replay(samples, group, **info) makes them this benchmark's, in seconds."""
 
-    The ratio of each pair is immune to what else the machine was doing for longer than a pair takes; that of the
-    baseline with itself shows what noise is left. Ratios, the baseline's samples and `info` go into extra_info.
-    """
-
-    def run(step: Callable[[], object], baseline: Callable[[], object], **info: Any) -> None:
-        rounds = 2 if size_name == "toy" else 10
-        reference: list[float] = []
-        benchmark.pedantic(step, setup=lambda: reference.append(timed(baseline)), rounds=rounds, warmup_rounds=1)
-        if benchmark.stats is None:  # --benchmark-disable
-            return
-        reference = reference[-rounds:]  # less the warm-up's
-        share = ratio(benchmark.stats.stats.data, reference)
-        benchmark.extra_info |= {"baseline_seconds": reference, "ratio": share._asdict(), **info}
-        notes = "".join(f"  {name} {value:.3g}" for name, value in info.items())
-        request.config.stash.setdefault(_ROWS, []).append(f"{request.node.name:60} {share}{notes}")
+    def run(samples: list[float], group: str, **info: Any) -> None:
+        _TICKS[:] = [tick for sample in samples for tick in (0.0, sample)]
+        benchmark.group = group
+        benchmark.extra_info |= info
+        benchmark.pedantic(lambda: None, rounds=len(samples))
+        _TICKS.clear()
 
     return run
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """The table of ratios."""
-    if rows := config.stash.get(_ROWS, []):
-        terminalreporter.section("time / baseline, round by round: median (quartiles)")
-        for row in rows:
-            terminalreporter.write_line(row)
+    """The tables of what was measured."""
+    for name, record in config.stash.get(_RECORDS, {}).items():
+        terminalreporter.section(name)
+        terminalreporter.write_line(tables(record))

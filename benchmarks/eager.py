@@ -20,9 +20,12 @@ class EagerBottleneck(nn.Module):
         self.up_weight, self.up_bias = up.weight, up.bias
 
 
-def sft_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Supervised fine-tuning through a PEFT model: full logits, then the loss that transformers computes."""
-    return model(**batch).loss
+def sft_loss(model: nn.Module, batch: dict[str, Tensor], counts: tuple[int, int] | None = None) -> Tensor:
+    """Supervised fine-tuning through a PEFT model: full logits, then the loss that transformers computes.
+
+    counts: as in `ib_loss`.
+    """
+    return model(**batch, num_items_in_batch=None if counts is None else torch.tensor(counts[0])).loss
 
 
 def ib_loss(
@@ -35,17 +38,26 @@ def ib_loss(
     alpha: float,
     beta: float,
     eps: Tensor | None = None,  # [B, T, K]
+    counts: tuple[int, int] | None = None,
 ) -> Tensor:
     """The published loss, CE + alpha * (KL + beta * CE_ib), over two full logit tensors; KL averages all positions.
 
     batch: input_ids, attention_mask and labels, [B, T] each. eps: the noise; None: drawn with torch.randn.
+    counts: the labels and the real tokens of all micro-batches of a step, by which their sums are divided; KL then
+    leaves padding out, unlike the published code, so that a step's gradients are those of any layout.
     """
+    if counts is not None:
+        batch = {**batch, "num_items_in_batch": torch.tensor(counts[0])}
     output: Any = model(**batch, output_hidden_states=True)
     hidden = output.hidden_states[target_layer]  # [B, T, H]
     z, kl = bottleneck(hidden, layer.weight, layer.bias, eps)
     logits = F.linear(F.linear(z, layer.up_weight, layer.up_bias), head_weight)  # [B, T, V]
-    ce_ib = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
-    return output.loss + alpha * (kl.mean() + beta * ce_ib)
+    reduction = "mean" if counts is None else "sum"
+    ce_ib = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction=reduction)
+    if counts is None:
+        return output.loss + alpha * (kl.mean() + beta * ce_ib)
+    kl_mean = (kl * batch["attention_mask"]).sum() / counts[1]
+    return output.loss + alpha * (kl_mean + beta * ce_ib / counts[0])
 
 
 def encode(hidden: Tensor, weight: Tensor | tuple[Tensor, Tensor], bias: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,6 @@
 Floors compute less than the op: its matrix products alone, or a copy of the bytes it cannot avoid.
 """
 
-import importlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -29,6 +28,7 @@ from benchmarks.gpu_problems import (
     weight_of,
     with_gradients,
 )
+from benchmarks.peers import Head, gpu_heads, torch_heads
 
 DTYPE = torch.float32 if DRY else torch.bfloat16  # which Triton's interpreter does not round to
 TOLERANCE = 1e-4 if DRY else 2e-2  # ||x - x64|| / ||x64|| of every output and gradient: a few roundings to DTYPE
@@ -203,27 +203,10 @@ def compile_(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, fullgraph=True, dynamic=False, backend="aot_eager" if DRY else "inductor")
 
 
-def _other_heads() -> tuple[dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]], dict[str, str]]:
+def _other_heads() -> tuple[dict[str, Head], dict[str, str]]:
     """Other libraries' cross-entropies of (input, weight, labels), and why those that are left out are."""
-    found: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {}
-    left_out = {}
-    linear_cross_entropy: Any = getattr(F, "linear_cross_entropy", None)
-    if linear_cross_entropy is None:
-        left_out["F.linear_cross_entropy"] = f"torch {torch.__version__} has none (2.13 has)"
-    else:
-        for chunk in (None, 1024, 4096):
-            method = "auto" if chunk is None else None
-            options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=chunk, chunking_method=method)
-            found[f"F.linear_cross_entropy chunk={chunk or 'auto'}"] = partial(linear_cross_entropy, options=options)
+    found, left_out = torch_heads((1024, 4096))
     if DRY:
         return found, left_out | dict.fromkeys(("Liger", "cut-cross-entropy"), "the dry mode leaves it out")
-    try:
-        liger = importlib.import_module("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss()
-        found["Liger"] = lambda x, weight, labels: liger(weight, x, labels)
-    except ImportError as error:
-        left_out["Liger"] = f"not importable: {error}"
-    try:
-        found["cut-cross-entropy"] = importlib.import_module("cut_cross_entropy").linear_cross_entropy
-    except ImportError as error:
-        left_out["cut-cross-entropy"] = f"not importable: {error}"
-    return found, left_out
+    others, reasons = gpu_heads()
+    return found | others, left_out | reasons

@@ -30,12 +30,16 @@ def plots(record: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def figure(record: dict[str, Any], name: str) -> Any:
-    """One case: a row for each variant, ours first and the floors last; bars are medians, whiskers p20 and p80."""
+    """One case of a record."""
+    return case_figure(name, record["cases"][name], heading(record), DRY_LABEL if record["dry"] else "")
+
+
+def case_figure(name: str, case: Case, head: str, warning: str, peak: str = "peak beyond in- and outputs, MB") -> Any:
+    """A row for each variant, ours first and the floors last; bars are medians, whiskers p20 and p80."""
     from matplotlib.figure import Figure
 
-    case: Case = record["cases"][name]
     variants = sorted(case["seconds"], key=_kind)  # stable: within a kind as measured
-    notes = [heading(record), *(f"Not measured: {other} ({why})." for other, why in case["left_out"].items())]
+    notes = [head, *(f"Not measured: {other} ({why})." for other, why in case["left_out"].items())]
     lines = [line for note in notes for line in textwrap.wrap(note, 150)]
     height, foot = 1.3 + 0.3 * len(variants), 0.2 + 0.16 * len(lines)
     drawn = Figure(figsize=(11, height + foot))
@@ -50,16 +54,14 @@ def figure(record: dict[str, Any], name: str) -> Any:
         fifths.append((median - p20, p80 - median))
     peaks = [_or_nan(case["peak_bytes"].get(variant), 1e6) for variant in variants]
     _bars(times, variants, medians, "time, ms (p20 to p80)", fifths)
-    _bars(memory, variants, peaks, "peak beyond in- and outputs, MB")
+    _bars(memory, variants, peaks, peak)
     _errors(errors, variants, [_or_nan(case["relative_error"].get(variant), 1) for variant in variants])
     times.set_yticks(range(len(variants)), variants)
     times.invert_yaxis()
     for axes in (times, memory, errors):
         axes.spines[["top", "right"]].set_visible(False)
-    if record["dry"]:
-        drawn.text(
-            0.98, 1 - 0.12 / (height + foot), DRY_LABEL, ha="right", va="top", color="#b00020", fontweight="bold"
-        )
+    top = 1 - 0.12 / (height + foot)
+    drawn.text(0.98, top, warning, ha="right", va="top", color="#b00020", fontweight="bold")
     return drawn
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from benchmarks.measure import ratio
+from benchmarks.tables import markdown
 
 Case = dict[str, Any]
 OURS, EAGER, COMPILED, COPY, GEMMS = "ibkernels", "eager", "torch.compile", "floor: copy", "floor: GEMMs"
@@ -101,7 +102,7 @@ def _case_table(case: Case) -> list[str]:
         peak, error = case["peak_bytes"].get(name), case["relative_error"].get(name)
         rows.append([name, *(f"{time:.4g}" for time in times), against])
         rows[-1] += ["-" if peak is None else f"{peak / 1e6:.0f}", "-" if error is None else f"{error:.1e}"]
-    return _markdown(rows)
+    return markdown(rows)
 
 
 def _target_table(record: dict[str, Any]) -> list[str]:
@@ -117,8 +118,4 @@ def _target_table(record: dict[str, Any]) -> list[str]:
             continue
         met = value >= target.limit if target.at_least else value <= target.limit
         rows.append([*row, f"{value:.3g}", "-" if record["dry"] else "yes" if met else "**no**"])
-    return _markdown(rows)
-
-
-def _markdown(rows: list[list[str]]) -> list[str]:
-    return ["| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]]]
+    return markdown(rows)

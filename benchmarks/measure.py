@@ -1,28 +1,38 @@
 """How time, memory and error are measured, and what a record says of the machine."""
 
+import ctypes
 import datetime
 import json
+import math
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 # glibc raises its mmap threshold with every large block that is freed, and then keeps freed memory for itself, more or
 # less of it by chance. Pinned, a tensor larger than this goes back to the system when it is freed.
 _PINNED_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
+_PINNED_BYTES, _GROWN_BYTES = 131072, 32 * 2**20  # glibc's threshold at first, and the most that it grows to
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt, from malloc.h
+
+CONFIDENCE = 0.99  # of an interval: a record has dozens of ratios, and each has to hold
+BETWEEN_RUNS = 0.05  # how far apart two processes may be for reasons that no round sees: pages, alignment
+_RESAMPLES = 2000
+ROOT = Path(__file__).parents[1]
 
 
 class Ratio(NamedTuple):
-    """Of a variant's time to the baseline's, over rounds: median and quartiles."""
+    """Of a variant's time to the baseline's: the median over rounds, and the interval where a repeated run's lies."""
 
     median: float
     low: float
@@ -61,12 +71,57 @@ def timed(step: Callable[[], object]) -> float:
 
 
 def ratio(samples: Sequence[float], baseline: Sequence[float]) -> Ratio:
-    """The ratio of two variants' times, taken round by round and not of their medians."""
-    ratios = [mine / other for mine, other in zip(samples, baseline, strict=True)]
-    if len(ratios) < 2:
-        return Ratio(ratios[0], ratios[0], ratios[0])
-    low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
-    return Ratio(median, low, high)
+    """The ratio of two variants' times, taken round by round and not of their medians.
+
+    The interval is where the median of a repeated run lies with `CONFIDENCE`: from a bootstrap of the rounds, widened
+    by the square root of 2 because the other run's median varies as well, and at least `BETWEEN_RUNS` on either side.
+    A variant's ratio to itself is 1 and has none.
+    """
+    ratios = np.array([mine / other for mine, other in zip(samples, baseline, strict=True)])
+    median = float(np.median(ratios))
+    if (ratios == 1).all():
+        return Ratio(1.0, 1.0, 1.0)
+    bounds = np.quantile(resampled_medians(ratios), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    low, high = (median * (float(bound) / median) ** math.sqrt(2) for bound in bounds)
+    return Ratio(median, min(low, median / (1 + BETWEEN_RUNS)), max(high, median * (1 + BETWEEN_RUNS)))
+
+
+def resampled_medians(values: Sequence[float] | np.ndarray, seed: int = 0) -> np.ndarray:
+    """Medians of `_RESAMPLES` bootstrap samples of the values; the same ones for the same seed."""
+    values = np.asarray(values)
+    drawn = np.random.default_rng(seed).integers(0, len(values), (_RESAMPLES, len(values)))
+    return np.median(values[drawn], axis=1)
+
+
+def rounds_within(steps: dict[str, Callable[[], object]], seconds: float, least: int, most: int) -> int:
+    """How many rounds of all steps fit into that time; every step, which should be warm, runs once to find out."""
+    once = sum(timed(step) for step in steps.values())
+    return max(least, min(most, int(seconds / once)))
+
+
+@contextmanager
+def pinned_malloc() -> Iterator[Callable[[], object]]:
+    """Within it, freed tensors go back to the system, so that what is resident is what is live.
+
+    Gives a function that hands back what was freed before and is kept: a `release` for `peak_of`, because a block that
+    is taken from there and returned to it would not be seen.
+
+    Afterwards glibc's threshold stands where it comes to rest by itself once large tensors have been freed, so that
+    timings are those of an ordinary process. Elsewhere than on glibc it does nothing.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    mallopt, trim = (getattr(libc, name, None) for name in ("mallopt", "malloc_trim"))
+    _set_thresholds(mallopt, _PINNED_BYTES, _PINNED_BYTES)
+    try:
+        yield lambda: trim and trim(0)
+    finally:
+        _set_thresholds(mallopt, _GROWN_BYTES, 2 * _GROWN_BYTES)
+
+
+def _set_thresholds(mallopt: Callable[[int, int], int] | None, mmap: int, trim: int) -> None:
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, mmap)
+        mallopt(_M_TRIM_THRESHOLD, trim)
 
 
 def peak_of(step: Callable[[], object], release: Callable[[], object], repeats: int) -> dict[str, float]:
@@ -88,8 +143,7 @@ def in_fresh_process(module: str, arguments: Sequence[str], pinned_malloc: bool)
     """Runs `python -m module arguments` and returns the JSON of its last line of output."""
     command = [sys.executable, "-m", module, *arguments]
     environment = {**os.environ, **(_PINNED_MALLOC if pinned_malloc else {})}
-    root = Path(__file__).parents[1]
-    result = subprocess.run(command, env=environment, cwd=root, stdout=subprocess.PIPE, text=True, check=True)
+    result = subprocess.run(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(result.stdout.splitlines()[-1])
 
 
@@ -107,9 +161,10 @@ def relative_error(actual: Tensor | None, expected: Tensor | None) -> float:
 
 
 def environment() -> dict[str, Any]:
-    """What a record says of where it was made: device, versions, date, load. No host or user names."""
+    """What a record says of where it was made: device, versions, commit, date, load. No host or user names."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
         "device": {
             "cpu": _cpu_name(),
             "cores": os.cpu_count(),
@@ -127,6 +182,15 @@ def write_record(path: str | Path, record: dict[str, Any]) -> None:
     """Writes a record as JSON, making its folder."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def commit() -> str:
+    """What git calls the sources, "-dirty" where they are changed; "" where this is no clone."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout.strip()
+    except OSError:  # no git
+        return ""
 
 
 def _resident(field: str) -> float:

@@ -16,12 +16,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import ibkernels
-from benchmarks.eager import EagerBottleneck, ib_loss, sft_loss
+from benchmarks.eager import ib_loss, sft_loss
 from benchmarks.measure import (
     can_measure_memory,
     environment,
@@ -32,47 +30,50 @@ from benchmarks.measure import (
     relative_error,
     write_record,
 )
+from benchmarks.models import ALPHA, BETA, SEED, ModelSize, build_variant
+from benchmarks.tables import markdown
 from ibft.data.encode import Document
 from ibft.data.packing import collate
-from ibft.model import IBModel
-from ibft.objective import IBConfig
+from ibft.estimate.cost import ModelCost
 from ibkernels import noise
 
 BASELINE = "eager-sft"
-VARIANTS = ("eager-sft", "eager-ib", "ibft-sft", "ibft-ib")
-ALPHA, BETA = 0.2, 0.01
 TOLERANCE = 1e-4  # of a float32 gradient, relative to its norm
-SEED = 0
 
 
-@dataclass(frozen=True)
-class Size:
-    """A Llama and its batch: `rows` documents of `length` tokens, the second half of each being labels."""
+@dataclass(frozen=True, kw_only=True)
+class Size(ModelSize):
+    """A Llama and its batch: `rows` documents of `length` tokens, the last `label_share` of each being labels."""
 
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    vocabulary: int
     rows: int
     length: int
-    lora_rank: int
-    target_layer: int
     bottleneck_dims: tuple[int, ...]
+    label_share: float = 0.5
 
 
 SIZES = {
-    "toy": Size(32, 64, 2, 2, 256, 2, 32, 4, 1, (4, 8)),
-    "full": Size(512, 1376, 8, 8, 32000, 2, 1024, 32, 5, (64, 256)),
-}
+    "toy": Size(
+        hidden=32, intermediate=64, layers=2, heads=2, vocabulary=256, lora_rank=4, target_layer=1,
+        rows=2, length=32, bottleneck_dims=(4, 8),
+    ),
+    "small": Size(
+        hidden=256, intermediate=688, layers=4, heads=4, vocabulary=32000, lora_rank=16, target_layer=3,
+        rows=2, length=512, bottleneck_dims=(64,),
+    ),
+    "full": Size(
+        hidden=512, intermediate=1376, layers=8, heads=8, vocabulary=32000, lora_rank=32, target_layer=5,
+        rows=2, length=1024, bottleneck_dims=(64, 256),
+    ),
+}  # fmt: skip
 
 
 @dataclass
 class Step:
     """A model ready to train. `loss(rng)` is one forward pass, with the noise of `rng` or, with None, any noise."""
 
-    model: nn.Module
+    model: Any  # a PEFT model, or an IBModel
     parameters: dict[str, nn.Parameter]  # the trainable ones, of the same names in the eager variant and in ours
+    batch: dict[str, Tensor]
     loss: Callable[[Tensor | None], Tensor]
     optimizer: torch.optim.Optimizer
 
@@ -92,49 +93,29 @@ def build(
     variant: str, size: Size, bottleneck_dim: int, *, dtype: torch.dtype = torch.float32, sample: bool = True
 ) -> Step:
     """A step of one of VARIANTS, with weights and data that depend on the size alone. sample=False: no noise."""
-    if variant not in VARIANTS:
-        raise ValueError(f"the variant is {variant!r}; it must be one of {', '.join(VARIANTS)}.")
-    base = _base_model(size, dtype)
-    # Both LoRA factors random: with the usual zero in B, the gradient of A would be zero and its check empty.
-    lora = LoraConfig(task_type="CAUSAL_LM", r=size.lora_rank, lora_alpha=size.lora_rank, lora_dropout=0.0)
-    lora.target_modules, lora.init_lora_weights = "all-linear", False
-    batch = _batch(size)
-    layer = EagerBottleneck(size.hidden, bottleneck_dim).to(dtype)  # the last to draw, so that all models agree
-    torch.manual_seed(SEED)
-    if variant.startswith("ibft"):
-        config = IBConfig(
-            target_layer=size.target_layer, bottleneck_dim=bottleneck_dim, alpha=ALPHA, beta=BETA, sample=sample
-        )
-        model: Any = IBModel.from_base(base, lora, config if variant == "ibft-ib" else None)
-        if variant == "ibft-ib":
-            model.bottleneck.to(dtype).load_state_dict(layer.state_dict())
-        named = dict(model.named_parameters())
+    built = build_variant(variant, size, bottleneck_dim, max_length=size.length, dtype=dtype, sample=sample)
+    model, batch = built.model, _batch(size)
+    padded = {name: batch[name] for name in ("input_ids", "labels")}
+    padded["attention_mask"] = torch.ones_like(batch["input_ids"])
 
-        def loss(rng: Tensor | None) -> Tensor:
+    def loss(rng: Tensor | None) -> Tensor:
+        if variant.startswith("ibft"):
             return model(**batch, noise_rng=rng, return_stats=False).loss  # as the training loop calls it
-    else:
-        model = get_peft_model(base, lora)
-        named = dict(model.named_parameters())
-        head = base.get_output_embeddings().weight
-        padded = {name: batch[name] for name in ("input_ids", "labels")}
-        padded["attention_mask"] = torch.ones_like(batch["input_ids"])
-        if variant == "eager-ib":
-            named |= {f"bottleneck.{name}": parameter for name, parameter in layer.named_parameters()}
-        rows = batch["noise_rows"].flatten()
+        if built.layer is None:
+            return sft_loss(model, padded)
+        eps = None
+        if not sample:
+            eps = torch.zeros(1, dtype=dtype)
+        elif rng is not None:
+            eps = noise(rng, batch["noise_rows"].flatten(), bottleneck_dim)
+            eps = eps.view(*batch["labels"].shape, bottleneck_dim)
+        head = model.get_output_embeddings().weight
+        return ib_loss(
+            model, built.layer, head, padded, target_layer=size.target_layer, alpha=ALPHA, beta=BETA, eps=eps
+        )
 
-        def loss(rng: Tensor | None) -> Tensor:
-            if variant == "eager-sft":
-                return sft_loss(model, padded)
-            eps = None
-            if not sample:
-                eps = torch.zeros(1, dtype=dtype)
-            elif rng is not None:
-                eps = noise(rng, rows, bottleneck_dim).view(*batch["labels"].shape, bottleneck_dim)
-            return ib_loss(model, layer, head, padded, target_layer=size.target_layer, alpha=ALPHA, beta=BETA, eps=eps)
-
-    parameters = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
-    optimizer = torch.optim.AdamW(parameters.values(), lr=1e-4, weight_decay=0.0, fused=True)
-    return Step(model.train(), parameters, loss, optimizer)
+    optimizer = torch.optim.AdamW(built.parameters.values(), lr=1e-4, weight_decay=0.0, fused=True)
+    return Step(model, built.parameters, batch, loss, optimizer)
 
 
 def check(ours: Step, eager: Step) -> float:
@@ -168,7 +149,7 @@ def extra_gemms(size: Size, bottleneck_dim: int) -> Callable[[], None]:
     not as `ibkernels.absorbs` says.
     """
     torch.manual_seed(SEED)
-    tokens, labels = size.rows * size.length, size.rows * size.length // 2
+    tokens, labels = size.rows * size.length, size.rows * round(size.length * size.label_share)
     hidden, encoder = torch.randn(tokens, size.hidden), torch.randn(2 * bottleneck_dim, size.hidden)
     z, up = torch.randn(labels, bottleneck_dim), torch.randn(size.hidden, bottleneck_dim)
     head = torch.randn(size.vocabulary, size.hidden)
@@ -199,17 +180,18 @@ def cells(size: Size) -> list[tuple[str, int]]:
     return [("eager-sft", narrow), ("ibft-sft", narrow), *ib]
 
 
-def peak_memory(variant: str, size_name: str, bottleneck_dim: int) -> dict[str, float]:
-    """MiB resident at rest and at the peak of a step, and that peak under the default malloc; see README.md."""
-    arguments = ["--peak", variant, "--size", size_name, "--bottleneck-dim", str(bottleneck_dim)]
-    arguments += ["--threads", str(torch.get_num_threads())]
-    pinned, default = (in_fresh_process("benchmarks.step", arguments, pinned_malloc=pin) for pin in (True, False))
-    return {**pinned, "peak_default_malloc": default["peak"]}
+def peak_memory(variant: str, size: Size, bottleneck_dim: int, default_malloc: bool) -> dict[str, float]:
+    """MiB resident at rest and at the peak of a step, and perhaps that peak under the default malloc; see README.md."""
+    cell = json.dumps([variant, asdict(size), bottleneck_dim])
+    arguments = ["--peak", cell, "--threads", str(torch.get_num_threads())]
+    found = in_fresh_process("benchmarks.step", arguments, pinned_malloc=True)
+    if default_malloc:
+        found["peak_default_malloc"] = in_fresh_process("benchmarks.step", arguments, pinned_malloc=False)["peak"]
+    return found
 
 
-def compare(size_name: str, rounds: int, memory: bool) -> dict[str, Any]:
-    """The record's body: errors, all samples in seconds, ratios to the eager SFT step, peak memory."""
-    size = SIZES[size_name]
+def compare(size: Size, rounds: int, memory: bool, default_malloc: bool) -> dict[str, Any]:
+    """A record's body: errors, all samples in seconds, FLOPs of our steps by `ibft estimate`, peak memory."""
     steps = {label(*cell): build(cell[0], size, cell[1]) for cell in cells(size)}
     errors = {
         label(variant, dim): check(steps[label(variant, dim)], steps[label(variant.replace("ibft", "eager"), dim)])
@@ -220,43 +202,57 @@ def compare(size_name: str, rounds: int, memory: bool) -> dict[str, Any]:
     timed = interleave({**steps, **floors}, rounds)
     samples = {name: timed[name] for name in steps}
     load = os.getloadavg()  # above the number of threads: others were at work
+    flops = {name: step_flops(step, size) for name, step in steps.items() if name.startswith("ibft")}
     del steps
     return {
-        "size": {"name": size_name, **asdict(size)},
+        "size": asdict(size),
         "relative_error": errors,
         "seconds": samples,
         "floor_seconds": {name: timed[name] for name in floors},
         "load_average_after_timing": list(load),
-        "ratio": {name: ratio(times, samples[BASELINE])._asdict() for name, times in samples.items()},
-        "memory_mib": {label(*cell): peak_memory(cell[0], size_name, cell[1]) for cell in cells(size) if memory},
+        "flops": flops,
+        "memory_mib": {
+            label(variant, dim): peak_memory(variant, size, dim, default_malloc)
+            for variant, dim in cells(size)
+            if memory
+        },
     }
+
+
+def step_flops(step: Step, size: Size) -> float:
+    """What the mathematics of a step of IBModel needs."""
+    lengths = np.full(size.rows, size.length)
+    cost = ModelCost.of(step.model)
+    labels = size.rows * round(size.length * size.label_share)
+    return cost.flops(int(lengths.sum()), labels, cost.pairs(lengths)).model
 
 
 def table(record: dict[str, Any]) -> str:
     """A record as a Markdown table; what the extra GEMMs take is added to the SFT step, the floor of an IB-FT step."""
-    header = ["step", "seconds: median", f"/ {BASELINE}: median (quartiles)", "/ ibft-sft: median (quartiles)"]
-    header += ["seconds: least", f"/ {BASELINE}"]
-    if record["memory_mib"]:
-        header += ["peak above rest, MiB", f"/ {BASELINE}", "peak, MiB", "peak under default malloc, MiB"]
-    lines = [header, ["---"] * len(header)]
-    above = {name: mib["peak"] - mib["rest"] for name, mib in record["memory_mib"].items()}
+    header = ["step", "seconds: median", "least", "real tokens/s", f"/ {BASELINE} (interval)", "/ ibft-sft (interval)"]
+    memory = record["memory_mib"]
+    if memory:
+        header += ["peak above rest, MiB", f"/ {BASELINE}", "peak, MiB"]
+    if any("peak_default_malloc" in mib for mib in memory.values()):
+        header.append("peak under default malloc, MiB")
+    lines = [header]
+    above = {name: mib["peak"] - mib["rest"] for name, mib in memory.items()}
+    tokens = record["size"]["rows"] * record["size"]["length"]
     sft = record["seconds"]["ibft-sft"]
     floors = {
         f"ibft-sft + {name}": [one + other for one, other in zip(sft, times, strict=True)]
         for name, times in record["floor_seconds"].items()
     }
     for name, times in (record["seconds"] | floors).items():
-        least = min(times) / min(record["seconds"][BASELINE])
-        lines.append([name, f"{statistics.median(times):.2f}", str(ratio(times, record["seconds"][BASELINE]))])
-        lines[-1].append(str(ratio(times, sft)))
-        lines[-1] += [f"{min(times):.2f}", f"{least:.2f}"]
-        if above and name not in above:
-            lines[-1] += ["", "", "", ""]
-        elif above:
-            mib = record["memory_mib"][name]
+        lines.append([name, f"{statistics.median(times):.2f}", f"{min(times):.2f}"])
+        lines[-1] += ["" if name in floors else f"{tokens / statistics.median(times):,.0f}"]
+        lines[-1] += [str(ratio(times, record["seconds"][BASELINE])), str(ratio(times, sft))]
+        if name in above:
             lines[-1] += [f"{above[name]:.0f}", f"{above[name] / max(above[BASELINE], 1):.2f}"]
-            lines[-1] += [f"{mib['peak']:.0f}", f"{mib['peak_default_malloc']:.0f}"]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+            peaks = (memory[name].get(which) for which in ("peak", "peak_default_malloc"))
+            lines[-1] += [f"{peak:.0f}" for peak in peaks if peak is not None]
+        lines[-1] += [""] * (len(header) - len(lines[-1]))
+    return "\n".join(markdown(lines))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -268,44 +264,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch (default: 2)")
     parser.add_argument("--no-memory", action="store_true", help="time only")
     parser.add_argument("--record", metavar="FILE", help="write all that was measured, as JSON")
-    parser.add_argument("--peak", choices=VARIANTS, help="only the peak memory of this variant, in this process")
-    parser.add_argument("--bottleneck-dim", type=int, metavar="K", help="of --peak")
+    parser.add_argument("--peak", metavar="CELL", help=argparse.SUPPRESS)  # only the peak memory of this process
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     if options.peak:
-        step = build(
-            options.peak, SIZES[options.size], options.bottleneck_dim or SIZES[options.size].bottleneck_dims[0]
-        )
+        variant, size, bottleneck_dim = json.loads(options.peak)
+        step = build(variant, Size(**size), bottleneck_dim)
         print(json.dumps(peak_of(step, step.release, repeats=3)))
         return
-    where = environment()  # first: the load of the machine is that without us
     memory = can_measure_memory() and not options.no_memory
-    measured = compare(options.size, options.rounds, memory)
-    record = {"command": " ".join(["python -m benchmarks.step", *arguments]), **where, **measured}
+    record = make_record(" ".join(["python -m benchmarks.step", *arguments]), options.size, options.rounds, memory)
     print(table(record))
     if options.record:
         write_record(options.record, record)
 
 
-def _base_model(size: Size, dtype: torch.dtype) -> LlamaForCausalLM:
-    torch.manual_seed(SEED)
-    config = LlamaConfig(
-        vocab_size=size.vocabulary,
-        hidden_size=size.hidden,
-        intermediate_size=size.intermediate,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
-        num_key_value_heads=size.heads,
-        max_position_embeddings=size.length,
-        use_cache=False,
-    )
-    return LlamaForCausalLM(config).to(dtype)
+def make_record(command: str, size_name: str, rounds: int, memory: bool) -> dict[str, Any]:
+    """Everything measured at that size, and where."""
+    where = environment()  # first: the load of the machine is that without us
+    measured = compare(SIZES[size_name], rounds, memory, default_malloc=size_name == "full")
+    return {"suite": "step", "command": command, **where, **measured, "size": {"name": size_name, **measured["size"]}}
 
 
 def _batch(size: Size) -> dict[str, Tensor]:
-    """A batch as `ibft train` makes it: every row one document, the first half of it prompt."""
+    """A batch as `ibft train` makes it: every row one document, whose prompt comes first."""
     tokens = np.random.default_rng(SEED).integers(0, size.vocabulary, (size.rows, size.length))
-    is_label = np.arange(size.length) >= size.length // 2
+    is_label = np.arange(size.length) >= size.length - round(size.length * size.label_share)
     bins = [[Document(row, is_label, example_id)] for example_id, row in enumerate(tokens)]
     return collate(bins, pad_token_id=0, max_length=size.length, packing="best-fit")
 

@@ -186,10 +186,10 @@ class TrainConfig:
                 f"--tokens_per_batch must be a multiple of --max_length ({self.max_length}), "
                 f"not {self.tokens_per_batch}."
             )
-        if self.method == "ib" and self.ib_rate_target is not None:
-            from ibft.objective import check_rate_target  # imports torch
+        if self.method == "ib" and (self.ib_rate_target is not None or self.free_bits):
+            from ibft.objective import check_kl_options  # imports torch
 
-            check_rate_target(self)
+            check_kl_options(self)
         if self.encoder_rank is not None and self.encoder != "lora":
             raise InputError(f"--encoder_rank {self.encoder_rank} needs --encoder lora; the encoder is {self.encoder}.")
         if self.attn_implementation.startswith("flash_attention") and self.use_cpu:

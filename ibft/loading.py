@@ -91,6 +91,21 @@ def load_base_model(
     return model if load_in_4bit else model.to(device)  # bitsandbytes has placed it
 
 
+def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with its weights in `dtype`, as if they had been loaded in it; changes it in place.
+
+    `model.to(dtype)` would also round the frequencies of rotary embeddings, which are computed in float32 whatever the
+    weights are: in bfloat16 far positions would stand anywhere.
+    """
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.to(dtype)
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
+                setattr(module, name, buffer.to(dtype))
+    return model
+
+
 def load_base_outline(name: str, dtype: torch.dtype, attn_implementation: str) -> PreTrainedModel:
     """The base model without its weights, on the meta device: every module and shape, in no memory to speak of.
 

@@ -79,7 +79,7 @@ class IBConfig:
         for name, accepted in (("encoder", ENCODERS), ("kl_tokens", KL_TOKENS), ("kl_reduction", KL_REDUCTIONS)):
             if getattr(self, name) not in accepted:
                 raise InputError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(accepted)}.")
-        check_rate_target(self)
+        check_kl_options(self)
         if len(self.logvar_range) != 2 or not self.logvar_range[0] <= self.logvar_range[1]:
             raise InputError(f"logvar_range is {self.logvar_range}; it must be (low, high) with low <= high.")
 
@@ -104,8 +104,10 @@ class IBConfig:
         return cls(**values)
 
 
-def check_rate_target(settings: Any) -> None:
-    """Raises InputError for an ib_rate_target that is out of range, or cannot be held with the other settings."""
+def check_kl_options(settings: Any) -> None:
+    """Raises InputError for free bits of a KL that has no weight, and for a rate target that cannot be held."""
+    if settings.free_bits and not settings.kl_weight:
+        raise InputError(f"free_bits {settings.free_bits:g} needs kl_weight above 0: without it every nat is free.")
     target = settings.ib_rate_target
     if target is None:
         return
@@ -163,12 +165,16 @@ class Objective:
     def __init__(self, config: IBConfig) -> None:
         self.config = config
         self.steps = 0  # optimizer steps done
+        # In a warm-up a tensor, because a compiled graph would be compiled anew for every other number.
+        self._alpha: float | Tensor = (
+            torch.zeros((), dtype=torch.float64) if config.alpha_warmup_steps else config.alpha
+        )
         self.kl_weight: float | Tensor = config.kl_weight
         self._multiplier: Tensor | None = None  # of the constraint; float32, on the device
         if config.ib_rate_target is not None:
             self.kl_weight = self._multiplier = torch.tensor(config.kl_weight)
         self._watch: Any = None  # a hook that notes the gradients before the first `step`
-        self._gradients: list[bool] = []
+        self._has_gradient = False
         self._observed: Tensor | None = None  # KL in nats, and tokens; of this rank's micro-batches since the last step
 
     @property
@@ -179,12 +185,13 @@ class Objective:
 
     def loss(self, ce: Tensor, kl: Tensor, ce_ib: Tensor) -> Tensor:
         """loss = CE + alpha * (kl_weight * KL + beta * CE_ib)."""
-        return ce + self.alpha * (self.kl_weight * kl + self.config.beta * ce_ib)
+        alpha = self._alpha.to(ce.dtype) if isinstance(self._alpha, Tensor) else self._alpha
+        return ce + alpha * (self.kl_weight * kl + self.config.beta * ce_ib)
 
     @property
     def varies(self) -> bool:
         """Whether `step` does anything."""
-        return bool(self.varying())
+        return self.config.alpha_warmup_steps > 0 or self.config.ib_rate_target is not None
 
     def varying(self) -> dict[str, float | Tensor]:
         """The weights that `step` moves, as they are now, by name."""
@@ -202,9 +209,11 @@ class Objective:
         """
         if self.varies and not torch.compiler.is_compiling():
             self._check_step_is_called(parameter)
+        # Once each: they are made on the CPU.
+        if isinstance(self._alpha, Tensor):
+            self._alpha = self._alpha.to(kl.device)
         if self._multiplier is None or not isinstance(self.kl_weight, Tensor):
             return
-        # Once: they are made on the CPU.
         self._multiplier, self.kl_weight = self._multiplier.to(kl.device), self.kl_weight.to(kl.device)
         seen = torch.stack([kl.detach().float() * self.config.nats_scale, num_tokens.float()])
         self._observed = seen if self._observed is None else self._observed + seen
@@ -212,6 +221,7 @@ class Objective:
     def step(self) -> None:
         """After an optimizer step. With an ib_rate_target this is collective where there are several processes."""
         self.steps += 1
+        self._set_alpha()
         if self._watch is not None:
             self._watch.remove()
             self._watch = None
@@ -227,17 +237,25 @@ class Objective:
         self._multiplier, self.kl_weight = dual_step(self._multiplier, kl / num_tokens, config.ib_rate_target, bounds)
         self._observed = None
 
+    def _set_alpha(self) -> None:
+        if isinstance(self._alpha, Tensor):
+            self._alpha = torch.full_like(self._alpha, self.alpha)
+
     def _check_step_is_called(self, parameter: Tensor) -> None:
         """Else alpha would stay 0, or the KL weight where it began, and nothing would tell."""
-        if self.steps or not parameter.requires_grad or (dist.is_available() and dist.is_initialized()):
-            return  # sharded parameters come and go with their gradients
-        if self._gradients and parameter.grad is None:
+        sharded = hasattr(parameter, "to_local") or hasattr(parameter, "ds_id")  # by FSDP2, by ZeRO-3
+        if self.steps or not parameter.requires_grad or sharded:
+            return  # a sharded parameter's gradient comes and goes
+        if self._has_gradient and parameter.grad is None:
             raise InputError(
-                "the optimizer has taken a step of which alpha_warmup_steps and ib_rate_target were not told: call "
+                "a gradient has been used, and alpha_warmup_steps and ib_rate_target were not told of the step: call "
                 "model.step_objective() after each optimizer.step(); Trainer does with callbacks=[ObjectiveCallback()]."
             )
         if self._watch is None:  # fused optimizers do not count up the parameter's version
-            self._watch = parameter.register_post_accumulate_grad_hook(lambda _: self._gradients.append(True))
+            self._watch = parameter.register_post_accumulate_grad_hook(self._note_gradient)
+
+    def _note_gradient(self, _: Tensor) -> None:
+        self._has_gradient = True
 
     def save(self, folder: str | Path) -> None:
         """Writes ib_state.json into the folder, where there is anything to go on from."""
@@ -251,6 +269,7 @@ class Objective:
         """Goes on from an ib_state.json."""
         state = json.loads(Path(file).read_text())
         self.steps = state["steps"]
+        self._set_alpha()
         if self._multiplier is not None:
             self._multiplier = torch.full_like(self._multiplier, state["multiplier"])
             self.kl_weight = torch.full_like(self._multiplier, state["kl_weight"])

@@ -43,8 +43,8 @@ from ibft.validation import Validation
 
 _COLLAPSED = (
     "warning: the posterior has collapsed: no dimension of the bottleneck varies with the input (all have "
-    "Var(mu) <= 0.01), so KL and CE_ib teach nothing. A larger --beta, a smaller --alpha or another --target_layer may "
-    "help."
+    "Var(mu) <= 0.01), so KL and CE_ib teach nothing. A larger --beta, a smaller --kl_weight, --free_bits, "
+    "--ib_rate_target or another --target_layer may help."
 )
 
 

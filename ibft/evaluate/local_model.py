@@ -33,7 +33,7 @@ from ibft.evaluate.extraction import first_stop
 from ibft.evaluate.prompts import Prompter
 from ibft.evaluate.sampling import Request, SamplesFile, Sampling
 from ibft.export import TRAINING_DTYPES, Source
-from ibft.loading import fingerprint, load_base_model, resolve_dtype
+from ibft.loading import cast_weights, fingerprint, load_base_model, resolve_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -95,7 +95,7 @@ def load_model(name: str, adapter: Source | None, dtype: str, device: torch.devi
             f"--model {name!r} is not the model that the adapter {str(adapter.folder)!r} was trained on: its "
             "fingerprint differs from the one in ibft.json."
         )
-    base = base.to(resolve_dtype(dtype, device))
+    base = cast_weights(base, resolve_dtype(dtype, device))
     if adapter is None:
         return base, found
     try:

@@ -99,12 +99,12 @@ def _is_number(node: ast.expr, *, in_list: bool) -> bool:
             return _is_number(operand, in_list=in_list)
         case ast.Call(func=ast.Name(id="sum" | "len"), args=[values], keywords=[]):
             return not in_list and _is_list(values)
-        case ast.Call(func=ast.Name(id="max" | "min"), args=[values], keywords=keywords):
-            return (
-                not in_list
-                and _is_list(values)
-                and all(keyword.arg == "default" and _is_constant(keyword.value) for keyword in keywords)
-            )
+        case ast.Call(func=ast.Name(id="max" | "min"), args=[values], keywords=[]):
+            return not in_list and _is_list(values)
+        case ast.Call(
+            func=ast.Name(id="max" | "min"), args=[values], keywords=[ast.keyword(arg="default", value=default)]
+        ):
+            return not in_list and _is_list(values) and _is_constant(default)
     return _is_constant(node)
 
 

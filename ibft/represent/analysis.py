@@ -16,6 +16,7 @@ from ibft.data import EncodedDataset
 from ibft.errors import InputError
 from ibft.export import TRAINING_DTYPES, Source, read_source
 from ibft.loading import (
+    cast_weights,
     check_vocabulary,
     compute_in_base_dtype,
     fingerprint,
@@ -79,11 +80,12 @@ def choose_layer(base_model: str, adapters: Sequence[Adapter], layer: int | None
 
 @dataclass(frozen=True)
 class Analysis:
-    """What is compared, and how; `run` does it."""
+    """What is compared, and how; `run` does it. rows: the documents of each row that `groups` chooses from."""
 
     base_model: str
     adapters: Sequence[Adapter]
     data: EncodedDataset
+    rows: Sequence[np.ndarray]
     groups: Groups
     layer: int
     span: Span
@@ -119,10 +121,10 @@ class Analysis:
     def _models(self, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, Any]]:
         base = load_base_model(self.base_model, "auto", "sdpa", self.device)
         self._check(base, tokenizer)
-        yield BASE, base.to(self.dtype)
+        yield BASE, cast_weights(base, self.dtype)
         for adapter in self.adapters:
             del base  # an adapter may have changed more than can be taken back (modules_to_save, biases)
-            base = load_base_model(self.base_model, "auto", "sdpa", self.device).to(self.dtype)
+            base = cast_weights(load_base_model(self.base_model, "auto", "sdpa", self.device), self.dtype)
             try:
                 model = IBModel.from_pretrained(base, adapter.source.folder)
             except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
@@ -138,7 +140,7 @@ class Analysis:
         CausalLM.of(base).check_causal()
         check_vocabulary(self.base_model, base, tokenizer, [self.data])
         positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
-        longest = int(self.data.lengths[self.groups.documents].max())
+        longest = int(self.data.lengths[np.concatenate(self._documents)].max())
         if positions is not None and longest > positions:
             raise InputError(f"a row has {longest} tokens, and {self.base_model!r} has {positions} positions.")
         # A run's record is of the dtype that training loaded the model in, which need not be that of the file.
@@ -152,10 +154,19 @@ class Analysis:
                     f"({adapter.source.folder}) was trained on: its fingerprint differs from the one in ibft.json."
                 )
 
+    @property
+    def _documents(self) -> list[np.ndarray]:
+        """Those of each row of both groups, the most memorised first."""
+        return [self.rows[row] for row in (*self.groups.most, *self.groups.least)]
+
     def _means(self, model: Any, layer: int) -> np.ndarray:
-        return hidden_means(
-            model, self.data, self.groups.documents, layer=layer, span=self.span, batch_tokens=self.batch_tokens
-        )
+        """[rows, H] float32: the mean over a row's positions, whichever of its documents they are in."""
+        documents = np.concatenate(self._documents)
+        means = hidden_means(model, self.data, documents, layer=layer, span=self.span, batch_tokens=self.batch_tokens)
+        positions = (self.data.label_tokens if self.span == "response" else self.data.lengths)[documents]
+        ends = np.cumsum([len(each) for each in self._documents])[:-1]
+        parts = zip(np.split(means, ends), np.split(positions, ends), strict=True)
+        return np.stack([np.average(part, 0, weights=weights).astype(np.float32) for part, weights in parts])
 
     def _split(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return rows[: len(self.groups.most)], rows[len(self.groups.most) :]
@@ -168,10 +179,16 @@ class Analysis:
         if layer != self.layer:
             means = self._means(model, layer)
         with torch.no_grad():  # the encoder is affine: mu of a mean is the mean of mu
-            mu = model.bottleneck.encode(torch.from_numpy(means).to(self.device))[0].cpu().numpy()  # [documents, K]
+            mu = model.bottleneck.encode(torch.from_numpy(means).to(self.device))[0].cpu().numpy()  # [rows, K]
         most, least = (
-            bottleneck_statistics(model, self.data, documents, span=self.span, batch_tokens=self.batch_tokens)
-            for documents in (self.groups.most, self.groups.least)
+            bottleneck_statistics(
+                model,
+                self.data,
+                np.concatenate([self.rows[row] for row in group]),
+                span=self.span,
+                batch_tokens=self.batch_tokens,
+            )
+            for group in (self.groups.most, self.groups.least)
         )
         both = most.merged(least)
         return {

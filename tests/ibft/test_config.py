@@ -119,6 +119,7 @@ def test_values_keep_their_dashes():
         ("--ib_rate_target 3 --kl_weight 0", r"ib_rate_target 3 needs kl_weight above 0"),
         ("--ib_rate_target 3 --alpha 0", r"ib_rate_target 3 needs alpha above 0"),
         ("--ib_rate_target 3 --beta 0", r"ib_rate_target 3 needs beta above 0"),
+        ("--free_bits 2 --kl_weight 0", r"free_bits 2 needs kl_weight above 0"),
         ("--ib_rate_target 3 --free_bits 2", r"ib_rate_target 3 and free_bits 2 exclude each other"),
         ("--encoder_rank 8", r"--encoder_rank 8 needs --encoder lora"),
         ("--encoder lora --encoder_rank 0", r"--encoder_rank must be at least 1"),

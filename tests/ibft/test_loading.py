@@ -17,7 +17,14 @@ from transformers import LlamaConfig
 import ibft.loading
 from ibft import IBConfig, InputError
 from ibft.cli import main
-from ibft.loading import autocast, check_optional_packages, compute_in_base_dtype, load_base_model, use_liger_layers
+from ibft.loading import (
+    autocast,
+    cast_weights,
+    check_optional_packages,
+    compute_in_base_dtype,
+    load_base_model,
+    use_liger_layers,
+)
 
 CPU = torch.device("cpu")
 
@@ -131,6 +138,19 @@ def test_adapters_compute_in_the_dtype_of_the_base_model() -> None:
     trained = {p.dtype for p in model.parameters() if p.requires_grad}
     assert trained == {torch.float32} == {p.grad.dtype for p in model.parameters() if p.grad is not None}
     assert not autocast(CPU, torch.float32)._enabled  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_cast_model_is_the_one_that_is_loaded_in_that_dtype(base_folder: Path, dtype: torch.dtype) -> None:
+    """Rotary frequencies stay float32, which `.to` would round."""
+    loaded = load_base_model(str(base_folder), dtype, "sdpa", torch.device("cpu"))
+    cast = cast_weights(load_base_model(str(base_folder), "auto", "sdpa", torch.device("cpu")), dtype)
+    assert next(cast.parameters()).dtype == dtype and cast.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert cast.lm_head.weight is not cast.model.embed_tokens.weight or loaded.config.tie_word_embeddings
+    for tensors in ("named_parameters", "named_buffers"):
+        expected = dict(getattr(loaded, tensors)())
+        for name, tensor in getattr(cast, tensors)():
+            assert tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name]), name
 
 
 def test_bfloat16_learns_what_float32_does(base_folder: Path, tasks_file: Path, tmp_path: Path) -> None:

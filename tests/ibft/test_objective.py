@@ -196,6 +196,25 @@ def test_a_told_objective_goes_on() -> None:
         model.step_objective()
 
 
+def test_another_alpha_needs_no_other_graph() -> None:
+    model, batch = wrap(tiny_model("llama"), config(alpha_warmup_steps=20)), random_batch()
+    optimizer, graphs = torch.optim.AdamW(trainable(model)), []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=backend)
+    seen = []
+    for _ in range(5):
+        compiled(**batch, noise_rng=torch.tensor([0, 0])).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        model.step_objective()
+        seen.append(len(graphs))
+    assert seen == [seen[0]] * 5
+
+
 def rates(ib: IBConfig, encoder_scale: float, steps: int = 250) -> list[float]:
     """Nats per token in each step of training a tiny model to continue sequences that count on from a random token."""
     model = wrap(tiny_model("llama", torch.float32), ib)

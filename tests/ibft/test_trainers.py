@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -228,6 +229,20 @@ def test_weights_that_vary_go_as_in_our_loop(
     assert own.model.objective.kl_weight.item() == weight
     for name, parameter in own.model.named_parameters():
         assert name not in expected or torch.equal(parameter, expected[name]), name
+
+
+def test_the_callback_reads_where_trainer_does_not_load_the_adapter(tmp_path: Path) -> None:
+    """As under DeepSpeed and FSDP."""
+    before, after = (wrap(tiny_model("llama"), IBConfig(target_layer=2, **VARYING)) for _ in range(2))
+    for _ in range(2):
+        before.step_objective()
+    args, state = SimpleNamespace(output_dir=str(tmp_path)), SimpleNamespace(global_step=2)
+    with pytest.raises(InputError, match=r"goes on at step 2, and .*checkpoint-2/ib_state\.json.* is not there"):
+        ObjectiveCallback().on_train_begin(args, state, None, model=after)
+    (tmp_path / "checkpoint-2").mkdir()
+    before.objective.save(tmp_path / "checkpoint-2")
+    ObjectiveCallback().on_train_begin(args, state, None, model=after)
+    assert (after.objective.steps, after.objective.alpha) == (2, before.objective.alpha)
 
 
 def test_weights_that_vary_need_the_callback(config: Callable[..., TrainConfig], tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ def test_inputs_are_left_alone():
 HOSTILE = {
     "import": "import os\ndef solve(xs):\n    return xs",
     "import within": "def solve(xs):\n    import os\n    return xs",
+    "repeated default": "def solve(xs):\n    return max(xs, default=0, default=0)",
     "attribute": "def solve(xs):\n    return xs.__class__",
     "method": "def solve(xs):\n    xs = xs.copy()\n    return xs",
     "builtin": "def solve(xs):\n    return open('x')",

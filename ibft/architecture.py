@@ -98,10 +98,8 @@ class CausalLM:
         """Raises InputError when a token's hidden state depends on the next one, as an encoder's does."""
         if self.head.weight.is_meta or self.head.weight.numel() == 0:
             return
-        training = self.decoder.training
-        self.decoder.eval()
-        hidden = self.decode(input_ids=torch.tensor([[0, 1], [0, 2]], device=self.head.weight.device))
-        self.decoder.train(training)
+        with evaluating(self.decoder):
+            hidden = self.decode(input_ids=torch.tensor([[0, 1], [0, 2]], device=self.head.weight.device))
         if (hidden[0, 0] - hidden[1, 0]).abs().max() > 0.02 * hidden.abs().max():
             raise InputError(
                 f"{type(self.decoder).__name__} lets a token see the ones after it, as an encoder does; base_model "
@@ -116,12 +114,10 @@ class CausalLM:
         """
         if self.head.weight.is_meta or self.head.weight.numel() == 0:
             return
-        training = model.training
-        model.eval()
         ids = torch.tensor([[0, 1]], device=self.head.weight.device)
-        expected = model(input_ids=ids, use_cache=False).logits.float()
-        logits = self.logits(self.decode(input_ids=ids))
-        model.train(training)
+        with evaluating(model):
+            expected = model(input_ids=ids, use_cache=False).logits.float()
+            logits = self.logits(self.decode(input_ids=ids))
         error, size = (logits - expected).abs().max().item(), expected.abs().max().item()
         if not error <= 0.02 * size:
             raise InputError(
@@ -137,22 +133,32 @@ class CausalLM:
         A document of two tokens behind another one must have the hidden states that it has alone. lengths: for an
         attention that takes them, `document_lengths([2, 2])`.
         """
-        training = self.decoder.training
-        self.decoder.eval()
         device = self.head.weight.device
-        packed = self.decode(
-            input_ids=torch.tensor([[1, 2, 3, 4]], device=device),
-            position_ids=torch.tensor([[0, 1, 0, 1]], device=device),
-            **{k: v.to(device) if isinstance(v, Tensor) else v for k, v in (lengths or {}).items()},
-        )[:, 2:]
-        alone = self.decode(
-            input_ids=torch.tensor([[3, 4]], device=device), position_ids=torch.tensor([[0, 1]], device=device)
-        )
-        self.decoder.train(training)
+        with evaluating(self.decoder):
+            packed = self.decode(
+                input_ids=torch.tensor([[1, 2, 3, 4]], device=device),
+                position_ids=torch.tensor([[0, 1, 0, 1]], device=device),
+                **{k: v.to(device) if isinstance(v, Tensor) else v for k, v in (lengths or {}).items()},
+            )[:, 2:]
+            alone = self.decode(
+                input_ids=torch.tensor([[3, 4]], device=device), position_ids=torch.tensor([[0, 1]], device=device)
+            )
         if not (packed - alone).abs().max() <= 0.02 * alone.abs().max():
             raise InputError(
                 f"{type(self.decoder).__name__} does not keep the documents of a packed row apart; use --packing none."
             )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout, and afterwards each module in the mode that it had: a caller may have frozen some of them."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def default_target_layer(num_layers: int) -> int:

@@ -44,7 +44,8 @@ class EncodeReport:
     """What became of the rows: rows = kept + dropped_too_long + dropped_empty, and shortened is part of kept.
 
     `datasets` are (name, rows taken from it in an epoch, its weight). Counted too are the rows `left_out` because they
-    say that they are test rows, or as `memorized`, and `split_conversations` that became one for each of their answers.
+    say that they are test rows, or as `memorized` (by the scores of `memorized_by`), and `split_conversations` that
+    became one for each of their answers.
     """
 
     rows: int
@@ -60,6 +61,7 @@ class EncodeReport:
     datasets: tuple[tuple[str, int, float], ...] = ()
     left_out: int = 0
     memorized: int = 0
+    memorized_by: str = ""
     split_conversations: int = 0
 
     def lines(self) -> list[str]:
@@ -77,7 +79,7 @@ class EncodeReport:
         if self.left_out:
             lines.append(f"{self.left_out:,} rows left out, which say that they are for testing")
         if self.memorized:
-            lines.append(f"{self.memorized:,} rows left out as the most memorised")
+            lines.append(f"{self.memorized:,} rows left out as the most memorised, by {self.memorized_by}")
         if self.split_conversations:
             lines.append(
                 f"{self.split_conversations:,} conversations became one for each answer, because the chat template "
@@ -103,6 +105,7 @@ class Origin(NamedTuple):
     datasets: tuple[tuple[str, int, float], ...] = ()
     left_out: int = 0
     memorized: int = 0
+    memorized_by: str = ""
     split_conversations: int = 0
 
 
@@ -164,8 +167,10 @@ def encode(
         with_bos = _puts_bos(tokenizer, bos, name)
         encoder = TextEncoder(tokenizer, with_bos, max_length, overlong, separator)
         prompt_format = {"kind": "text", "separator": separator, "bos": with_bos, "eos": True}
-    try:  # the file is gone once it is mapped, so that no end of the process, kill -9 included, leaves it behind
-        with tempfile.TemporaryDirectory(prefix="ibft-tokens-") as folder:
+    # The file is gone once it is mapped, so that no end of the process, kill -9 included, leaves it behind. (NFS keeps
+    # it until it is closed, and refuses to remove the folder.)
+    try:
+        with tempfile.TemporaryDirectory(prefix="ibft-tokens-", ignore_cleanup_errors=True) as folder:
             dataset = _map(rows, encoder, num_proc, Path(folder) / "tokens.arrow")
     except OSError as error:
         raise InputError(
@@ -233,6 +238,7 @@ class EncodedDataset:
             datasets=origin.datasets,
             left_out=origin.left_out,
             memorized=origin.memorized,
+            memorized_by=origin.memorized_by,
             split_conversations=origin.split_conversations,
         )
         if not len(self):

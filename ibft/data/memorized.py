@@ -133,7 +133,8 @@ def read_scores(path: Path) -> pa.Table:
     """The columns of SCHEMA. InputError for a file that is not there, or that no score command wrote."""
     if not path.is_file():
         unfinished = partial_path(path).is_file()
-        hint = " Its scoring has not finished: the same `ibft memorization score` goes on." if unfinished else ""
+        again = "the same `ibft memorization score`, without --overwrite, goes on"
+        hint = f" Its scoring has not finished: {again}." if unfinished else ""
         raise InputError(f"There is no file of scores {str(path)!r}.{hint}")
     try:
         if path.suffix == ".parquet":
@@ -197,13 +198,25 @@ def scores_of_rows(
 
 def leave_out_memorized(
     path: str, drop: str, measure: Measure, named: Sequence[tuple[str, Source]], rows: Sequence[np.ndarray]
-) -> list[np.ndarray]:
+) -> tuple[list[np.ndarray], str]:
     """The given rows of each dataset without the most memorised ones of all together, for `--drop_memorized`.
+
+    And by whose scores these are the most memorised, in words.
 
     InputError where a row is not in the file of scores, or `drop` leaves nothing out, or nothing over.
     """
-    scores = scores_of_rows(ScoreTable(Path(path)), measure, named, rows)
+    table = ScoreTable(Path(path))
+    scores = scores_of_rows(table, measure, named, rows)
     keep = np.ones(len(scores), bool)
     keep[Drop.read(drop, "--drop_memorized").choose(scores, f"--drop_memorized {drop}")] = False
     masks = np.split(keep, np.cumsum([len(chosen) for chosen in rows])[:-1])
-    return [chosen[mask] for chosen, mask in zip(rows, masks, strict=True)]
+    return [chosen[mask] for chosen, mask in zip(rows, masks, strict=True)], _whose(table, measure)
+
+
+def _whose(table: ScoreTable, measure: Measure) -> str:
+    record = table.record
+    if record.get("model") is None:
+        return f"{measure} in {str(table.path)!r}, which no record says the model of"
+    adapter = f" with {record['adapter']!r}" if record.get("adapter") else ""
+    how = f" (k {record.get('k')}, span {record.get('span')})"
+    return f"{measure}{how} under {record['model']!r}{adapter}"

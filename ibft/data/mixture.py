@@ -55,16 +55,16 @@ def load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[
         train, validation, left_out = *_held_out(config, named), 0
     else:
         train, left_out = [np.arange(source.table.num_rows) for _, source in named], 0
-    memorized = 0
+    memorized, memorized_by = 0, ""
     if config.memorization_scores is not None and config.drop_memorized is not None:
         before = sum(map(len, train))
-        train = leave_out_memorized(
+        train, memorized_by = leave_out_memorized(
             config.memorization_scores, config.drop_memorized, config.memorization_measure, named, train
         )
         memorized = before - sum(map(len, train))
     parts = _passes(config, named, train)
     _check_alike([*parts, *(validation or [])])
-    data = encode_parts(config, tokenizer, parts, left_out=left_out, memorized=memorized)
+    data = encode_parts(config, tokenizer, parts, left_out=left_out, memorized=memorized, memorized_by=memorized_by)
     if validation is None:
         return data, None
     try:
@@ -225,6 +225,7 @@ def encode_parts(
     *,
     left_out: int = 0,
     memorized: int = 0,
+    memorized_by: str = "",
 ) -> EncodedDataset:
     """The parts as one dataset; a row that occurs several times is tokenised once."""
     tables, sources, source_rows, order, start = [], [], [], [], 0
@@ -248,6 +249,7 @@ def encode_parts(
         datasets=tuple((part.name, len(part.rows), part.weight) for part in parts),
         left_out=left_out,
         memorized=memorized,
+        memorized_by=memorized_by,
     )
     layout = parts[0].source.layout
     if not layout.pair_of_text:

@@ -41,7 +41,7 @@ def _score(argv: Sequence[str]) -> None:
     try:
         print(f"scores in {score(config)}")
     except KeyboardInterrupt as interrupt:
-        raise Interrupted("interrupted; the same command goes on where it stopped.", signal.SIGINT) from interrupt
+        raise Interrupted(f"interrupted; {config.again} goes on where it stopped.", signal.SIGINT) from interrupt
 
 
 def _plot(argv: Sequence[str]) -> None:

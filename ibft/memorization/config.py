@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -63,6 +64,11 @@ class ScoreFlags(_Flags):
             raise InputError("--model must be given, or an --adapter that names its base model.")
         check_suffix(self.output)
 
+    @property
+    def again(self) -> str:
+        """What goes on where this command stopped, in words: with --overwrite it would remove what there is."""
+        return "the same command without --overwrite" if self.overwrite else "the same command"
+
     def data(self, model: str) -> TrainConfig:
         """The data as `ibft train` is told of it; refuses what that would refuse."""
         names = {field.name for field in dataclasses.fields(self)} & {
@@ -103,6 +109,25 @@ class FilterFlags(_Flags):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_suffix(self.output)
+
+
+def check_output(output: Path, datasets: Sequence[str], files: Sequence[str] = ()) -> None:
+    """InputError where the file cannot be written, is what is read, or would be read as data by the next command."""
+    if output.is_dir():
+        raise InputError(f"--output {str(output)!r} is a folder; name a file.")
+    for needed in map(os.path.expanduser, (*datasets, *files)):
+        if output.exists() and os.path.exists(needed) and output.samefile(needed):
+            raise InputError(f"--output {str(output)!r} is what is read; name another file.")
+    for dataset in datasets:
+        folder = Path(dataset).expanduser()
+        if folder.is_dir() and folder.resolve() in output.resolve().parents:
+            raise InputError(
+                f"--output {str(output)!r} lies in the folder of the dataset {dataset!r}, and would be read as its "
+                "data; name a file elsewhere."
+            )
+    nearest = next(folder for folder in output.absolute().parents if folder.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise InputError(f"--output {str(output)!r} cannot be written to.")
 
 
 def check_suffix(output: str) -> None:

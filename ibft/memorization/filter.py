@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 from ibft.data.memorized import Drop, ScoreTable, scores_of_rows
 from ibft.data.sources import choice, load_source
 from ibft.errors import InputError
-from ibft.memorization.config import FilterFlags
+from ibft.memorization.config import FilterFlags, check_output
 from ibft.memorization.original import write_rows
 
 SHOWN = 10  # dropped rows that are named to people
@@ -20,7 +19,9 @@ SHOWN = 10  # dropped rows that are named to people
 def filter_rows(config: FilterFlags) -> dict[str, Any]:
     """Writes the rows that are left, and says what was dropped: JSON-able. InputError for what cannot be used."""
     output = Path(config.output)
-    _check_output(output, config)
+    check_output(output, [config.dataset], [config.scores])
+    if output.exists() and not config.overwrite:
+        raise InputError(f"--output {str(output)!r} exists; choose another, or pass --overwrite.")
     drop = Drop.read(config.drop_top, "--drop_top")
     table = ScoreTable(Path(config.scores))
     source = load_source(
@@ -65,16 +66,3 @@ def describe(result: dict[str, Any]) -> str:
     if result["without_score"]:
         lines.append(f"{result['without_score']:,} rows have no score, because they are empty or too long, and stay")
     return "\n".join(lines)
-
-
-def _check_output(output: Path, config: FilterFlags) -> None:
-    if output.is_dir():
-        raise InputError(f"--output {str(output)!r} is a folder; name a file.")
-    for needed in (config.dataset, config.scores):
-        if output.exists() and Path(needed).expanduser().exists() and output.samefile(Path(needed).expanduser()):
-            raise InputError(f"--output {str(output)!r} is what is read; name another file.")
-    if output.exists() and not config.overwrite:
-        raise InputError(f"--output {str(output)!r} exists; choose another, or pass --overwrite.")
-    nearest = next(folder for folder in output.absolute().parents if folder.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise InputError(f"--output {str(output)!r} cannot be written to.")

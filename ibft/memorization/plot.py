@@ -18,8 +18,8 @@ from ibft.memorization.config import PlotFlags
 from ibft.memorization.separation import separation
 
 _AXES = {
-    "min_k": "Min-{k:g}% Prob: mean log-probability of the least probable tokens (nats)",
-    "min_k_plus_plus": "Min-{k:g}%++: the same, standardised (standard deviations)",
+    "min_k": "Min-{k}% Prob: mean log-probability of the least probable tokens (nats)",
+    "min_k_plus_plus": "Min-{k}%++: the same, standardised (standard deviations)",
     "mean_log_prob": "mean log-probability of the tokens (nats)",
 }
 
@@ -27,7 +27,7 @@ _AXES = {
 def compare(config: PlotFlags, names: Sequence[str]) -> dict[str, Any]:
     """What the command prints: each file's scores in short, and each pair's separation. Draws them if asked to.
 
-    InputError for files that cannot be compared: one without scores, or scores of another k or span.
+    InputError for files that cannot be compared: one without scores, or scores of another k, span or dtype.
     """
     if config.output is not None:
         _check_figure(Path(config.output))
@@ -36,12 +36,12 @@ def compare(config: PlotFlags, names: Sequence[str]) -> dict[str, Any]:
             f"--labels gives {len(config.labels)} labels for {len(names)} files; give one for each, or none."
         )
     tables = [ScoreTable(Path(name).expanduser()) for name in names]
-    _check_alike(tables)
+    settings = _common_settings(tables)
     labels = list(config.labels) or _labels(tables)
     scores = [_scores(table, config.measure) for table in tables]
     result: dict[str, Any] = {
         "measure": config.measure,
-        **{name: tables[0].record.get(name) for name in ("k", "span")},
+        **settings,
         "files": [
             {
                 "file": str(table.path),
@@ -64,7 +64,7 @@ def compare(config: PlotFlags, names: Sequence[str]) -> dict[str, Any]:
         ],
     }
     if config.output is not None:
-        _draw(scores, labels, config.measure, 100 * (result["k"] or 0.2), Path(config.output))
+        _draw(scores, labels, config.measure, settings["k"], Path(config.output))
     return result
 
 
@@ -107,7 +107,18 @@ def _bandwidth(values: np.ndarray) -> float:
     return 0.9 * min(spreads, default=1e-3 * max(1.0, abs(float(low)))) * len(values) ** -0.2
 
 
-def _draw(scores: Sequence[np.ndarray], labels: Sequence[str], measure: Measure, k: float, file: Path) -> None:
+def _near(values: np.ndarray) -> np.ndarray:
+    """What the axis must reach: without those of the outer 1% at either end that are also ten quartile ranges off.
+
+    One token that a model held impossible can put a row's Min-K%++ at -1e21, beside which all others are one point.
+    """
+    first, last = np.quantile(values, 0.01, method="higher"), np.quantile(values, 0.99, method="lower")
+    low, high = np.quantile(values, [0.25, 0.75])
+    reach = 10 * (high - low)
+    return values[(values >= min(first, low - reach)) & (values <= max(last, high + reach))]
+
+
+def _draw(scores: Sequence[np.ndarray], labels: Sequence[str], measure: Measure, k: float | None, file: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -115,11 +126,12 @@ def _draw(scores: Sequence[np.ndarray], labels: Sequence[str], measure: Measure,
 
     upper = None if measure == "min_k_plus_plus" else 0.0
     margin = 3 * max(map(_bandwidth, scores))
-    lowest, highest = min(values.min() for values in scores) - margin, max(values.max() for values in scores) + margin
+    shown = [_near(values) for values in scores]
+    lowest, highest = min(values.min() for values in shown) - margin, max(values.max() for values in shown) + margin
     # Each curve has points where its own values lie, however narrow they are beside the others.
     grid = np.unique(
         np.concatenate(
-            [np.linspace(lowest, highest, 400), *(np.quantile(values, np.linspace(0, 1, 200)) for values in scores)]
+            [np.linspace(lowest, highest, 400), *(np.quantile(values, np.linspace(0, 1, 200)) for values in shown)]
         )
     )
     grid = grid if upper is None else np.append(grid[grid < upper], upper)
@@ -128,7 +140,7 @@ def _draw(scores: Sequence[np.ndarray], labels: Sequence[str], measure: Measure,
         heights = density(values, grid, upper)
         (line,) = axes.plot(grid, heights, label=f"{label} ({len(values):,})")
         axes.fill_between(grid, heights, color=line.get_color(), alpha=0.15, linewidth=0)
-    axes.set(xlabel=_AXES[measure].format(k=k), ylabel="density")
+    axes.set(xlabel=_AXES[measure].format(k="K" if k is None else f"{100 * k:g}"), ylabel="density")
     axes.set_ylim(bottom=0)
     axes.legend()
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -143,15 +155,18 @@ def _check_figure(file: Path) -> None:
         raise InputError(f"--output takes a file that ends in .png, .svg or .pdf, not {str(file)!r}.")
 
 
-def _check_alike(tables: Sequence[ScoreTable]) -> None:
+def _common_settings(tables: Sequence[ScoreTable]) -> dict[str, Any]:
+    """What the files were scored with, as far as their records say; None where none does. InputError if they differ."""
     known = [table for table in tables if table.record]
-    for name, table in itertools.product(("k", "span"), known):
+    names = ("k", "span", "dtype")
+    for name, table in itertools.product(names, known):
         one, other = known[0].record.get(name), table.record.get(name)
         if one != other:
             raise InputError(
                 f"{known[0].path} was scored with --{name} {one} and {table.path} with --{name} {other}; scores can be "
                 "compared only where these agree."
             )
+    return {name: known[0].record.get(name) if known else None for name in names}
 
 
 def _scores(table: ScoreTable, measure: Measure) -> np.ndarray:

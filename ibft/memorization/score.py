@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import os
 import platform
 import sys
 from collections.abc import Sequence
@@ -26,13 +25,13 @@ from ibft.data.mixture import Part, encode_parts, load_sources
 from ibft.errors import InputError
 from ibft.evaluate.local_model import load_model
 from ibft.export import own_tokenizer, read_source
-from ibft.loading import check_vocabulary, load_tokenizer, quiet_libraries
-from ibft.memorization.config import ScoreFlags
+from ibft.loading import check_vocabulary, load_base_config, load_tokenizer, quiet_libraries
+from ibft.memorization.config import ScoreFlags, check_output
 from ibft.memorization.score_file import ScoreFile
 from ibft.memorization.scores import Scores, score_batches
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from ibft.export import Source
 
@@ -41,7 +40,7 @@ def score(config: ScoreFlags) -> Path:
     """Scores what is not scored yet, and returns the whole file. InputError for what cannot be used."""
     quiet_libraries(progress_bars=sys.stderr.isatty())
     path = Path(config.output)
-    _check_output(path, config.dataset)
+    check_output(path, config.dataset)
     adapter = read_source(Path(config.adapter)) if config.adapter is not None else None
     name = config.model or (adapter.base_model if adapter is not None else None)
     if name is None:
@@ -52,15 +51,10 @@ def score(config: ScoreFlags) -> Path:
     parts = [Part(dataset, source, np.arange(source.table.num_rows)) for dataset, source in named]
     data = encode_parts(settings, tokenizer, parts)
     print("\n".join(data.report.lines()), file=sys.stderr)
-
-    device = torch.device("cuda" if torch.cuda.is_available() and not config.use_cpu else "cpu")
-    model, fingerprint = load_model(name, adapter, config.dtype, device)
-    check_vocabulary(name, model, tokenizer, [data])
-    _check_positions(model, data, name)
+    _check_positions(load_base_config(name), data, name)
     digests = [row_digests(source) for _, source in named]
     content = "".join([data.fingerprint, *itertools.chain.from_iterable(digests)])
     identity = {
-        "model": _model_digest(model, fingerprint),
         "adapter": None if adapter is None else _adapter_digest(adapter),
         "data": hashlib.sha256(content.encode()).hexdigest(),
         "k": config.k,
@@ -68,32 +62,41 @@ def score(config: ScoreFlags) -> Path:
         "dtype": config.dtype,
     }
     file = ScoreFile(path, identity, len(data), overwrite=config.overwrite)
+
+    device = torch.device("cuda" if torch.cuda.is_available() and not config.use_cpu else "cpu")
+    try:
+        model, fingerprint = load_model(name, adapter, config.dtype, device)
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            f"The device has too little memory for {name!r} in {config.dtype}; --dtype bfloat16 needs half of what "
+            "float32 needs, and --use_cpu takes the host's memory."
+        ) from error
+    check_vocabulary(name, model, tokenizer, [data])
+    file.by(_model_digest(model, fingerprint))
     if file.finished:
         print(f"{path} holds these scores already; nothing was done.", file=sys.stderr)
         return path
     if file.done.any():
         print(f"note: {file.done.sum():,} of {len(data):,} rows are scored already.", file=sys.stderr)
-    file.begin()
-    _score_pending(config, model, data, file)
-    file.finish(
-        _table(data, digests, file.scores),
-        {
-            "model": name,
-            "adapter": config.adapter,
-            "dataset": config.dataset,
-            "split": config.dataset_split,
-            "k": config.k,
-            "span": config.span,
-            "dtype": config.dtype,
-            "prompt_format": data.prompt_format,
-            "summary": data.report.lines(),
-            "command": sys.argv,
-            "versions": {
-                "python": platform.python_version(),
-                **{package: version(package) for package in ("torch", "transformers")},
-            },
+    record = {
+        "model": name,
+        "adapter": config.adapter,
+        "dataset": config.dataset,
+        "split": config.dataset_split,
+        "k": config.k,
+        "span": config.span,
+        "dtype": config.dtype,
+        "prompt_format": data.prompt_format,
+        "summary": data.report.lines(),
+        "command": sys.argv,
+        "versions": {
+            "python": platform.python_version(),
+            **{package: version(package) for package in ("torch", "transformers")},
         },
-    )
+    }
+    with file.begin():
+        _score_pending(config, model, data, file)
+        file.finish(_table(data, digests, file.scores), record)
     return path
 
 
@@ -115,7 +118,7 @@ def _score_pending(config: ScoreFlags, model: PreTrainedModel, data: EncodedData
         except torch.OutOfMemoryError as error:
             raise InputError(
                 f"The device has too little memory for {config.batch_tokens:,} tokens at once; {file.done.sum():,} of "
-                f"{len(data):,} rows are scored, and the same command with a smaller --batch_tokens goes on."
+                f"{len(data):,} rows are scored, and {config.again}, with a smaller --batch_tokens, goes on."
             ) from error
 
 
@@ -140,25 +143,14 @@ def _table(data: EncodedDataset, digests: Sequence[Sequence[str]], scores: Score
                     schema=SCHEMA).take(pa.array(order))  # fmt: skip
 
 
-def _check_positions(model: PreTrainedModel, data: EncodedDataset, name: str) -> None:
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def _check_positions(config: PreTrainedConfig, data: EncodedDataset, name: str) -> None:
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     longest = int(data.lengths.max())
     if positions is not None and longest > positions:
         raise InputError(
             f"a row has {longest:,} tokens, and model {name!r} has {positions:,} positions; --max_length can be "
             f"{positions:,} at most."
         )
-
-
-def _check_output(path: Path, datasets: Sequence[str]) -> None:
-    if path.is_dir():
-        raise InputError(f"--output {str(path)!r} is a folder; name a file.")
-    for dataset in map(os.path.expanduser, datasets):
-        if path.exists() and os.path.exists(dataset) and path.samefile(dataset):
-            raise InputError(f"--output {str(path)!r} is what is read; name another file.")
-    nearest = next(folder for folder in path.absolute().parents if folder.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise InputError(f"--output {str(path)!r} cannot be written to.")
 
 
 def _model_digest(model: PreTrainedModel, fingerprint: str) -> str:

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ibft.architecture import CausalLM
+from ibft.architecture import CausalLM, evaluating
 from ibft.data import EncodedDataset
 from ibft.errors import InputError
 from ibft.loading import autocast
@@ -96,7 +95,7 @@ def score_batches(
     groups = _equal_documents(data, documents, span)
     for batch in _batches([data.lengths[group[0]] for group in groups], predictor.at_most(batch_tokens)):
         found = [_Wanted(data, groups[index][0], span) for index in batch]
-        with _evaluating(model):
+        with evaluating(model):
             log_probs, standardised = predictor.read(found)
         rows = [
             (_lowest(log_prob, k), _lowest(standard, k), log_prob.mean(dtype=np.float64), len(log_prob))
@@ -194,7 +193,8 @@ def _log_probs(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     probabilities.div_(total[:, None])
     mean = (probabilities * relative).sum(-1)
     variance = relative.sub_(mean[:, None]).square_().mul_(probabilities).sum(-1)
-    # 0 only where a single token has all the probability (then target - mean is 0 for it), or all have the same.
+    # 0 only where a single token has all the probability that float32 can tell, or all have the same: target - mean is
+    # 0 for it then. Another target than that single token scores below anything else, down to -1e21 and further.
     return log_prob, (target - mean) / variance.clamp(min=torch.finfo(variance.dtype).tiny).sqrt()
 
 
@@ -221,14 +221,3 @@ def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[range]:
         stop = min(len(lengths), start + max(1, batch_tokens // int(lengths[start])))
         yield range(start, stop)
         start = stop
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout, and afterwards as the caller had it."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

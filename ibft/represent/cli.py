@@ -175,13 +175,14 @@ def _compare(config: RepresentConfig) -> dict[str, Any]:
     layer = choose_layer(config.base_model, adapters, config.layer)
     table = ScoreTable(Path(config.scores))
     tokenizer = load_tokenizer(config.base_model)
-    data, scores = _scored_documents(config, tokenizer, table)
+    data, rows, scores = _scored_rows(config, tokenizer, table)
     groups = choose_groups(scores, config.share_of_rows, config.scores)
     dtype = resolve_dtype(config.dtype, device)
     analysis = Analysis(
         base_model=config.base_model,
         adapters=adapters,
         data=data,
+        rows=rows,
         groups=groups,
         layer=layer,
         span=config.span,
@@ -190,6 +191,14 @@ def _compare(config: RepresentConfig) -> dict[str, Any]:
         dtype=dtype,
         device=device,
     )
+    most, least = (data.example_ids[[rows[row][0] for row in group]].tolist() for group in groups[:2])
+    try:
+        models = analysis.run(tokenizer)
+    except torch.OutOfMemoryError as error:  # where a batch is too large, it says so itself
+        raise InputError(
+            f"The device has too little memory for {config.base_model!r} in {str(dtype).removeprefix('torch.')}; "
+            "--dtype bfloat16 needs half of what float32 needs, and --use_cpu takes the host's memory."
+        ) from error
     result = {
         "config": dataclasses.asdict(config),
         "adapters": {adapter.name: str(adapter.source.folder) for adapter in adapters},
@@ -199,21 +208,22 @@ def _compare(config: RepresentConfig) -> dict[str, Any]:
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
         "scores": table.record,
         "scored_rows": int(np.isfinite(scores).sum()),
-        "most": {"example_ids": data.example_ids[groups.most].tolist(), "lowest_score": groups.lowest_of_most},
-        "least": {"example_ids": data.example_ids[groups.least].tolist(), "highest_score": groups.highest_of_least},
-        "models": analysis.run(tokenizer),
+        "most": {"example_ids": most, "lowest_score": groups.lowest_of_most},
+        "least": {"example_ids": least, "highest_score": groups.highest_of_least},
+        "models": models,
     }
     return _without_nan(result)
 
 
-def _scored_documents(
+def _scored_rows(
     config: RepresentConfig, tokenizer: PreTrainedTokenizerBase, table: ScoreTable
-) -> tuple[EncodedDataset, np.ndarray]:
-    """The documents of the data and their scores, [documents], NaN for a row that has none."""
+) -> tuple[EncodedDataset, list[np.ndarray], np.ndarray]:
+    """The data, the documents of each of its different rows, and the rows' scores, [rows], NaN for one without."""
     import numpy as np
 
-    from ibft.data.memorized import scores_of_rows
+    from ibft.data.memorized import row_digests, scores_of_rows
     from ibft.data.mixture import Part, encode_parts, load_sources
+    from ibft.represent.groups import distinct_rows
 
     settings = config.data()
     named = load_sources(settings)
@@ -222,7 +232,9 @@ def _scored_documents(
     parts = [Part(name, source, each) for (name, source), each in zip(named, rows, strict=True)]
     data = encode_parts(settings, tokenizer, parts)
     first = np.cumsum([0, *map(len, rows)])
-    return data, scores[first[data.sources] + data.source_rows]
+    row_of = first[data.sources] + data.source_rows  # [documents]
+    documents = distinct_rows(row_of, [digest for _, source in named for digest in row_digests(source)])
+    return data, documents, scores[[row_of[each[0]] for each in documents]]
 
 
 def _without_nan(value: Any) -> Any:

@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ibft.architecture import CausalLM
+from ibft.architecture import CausalLM, evaluating
 from ibft.data import EncodedDataset, collate
 from ibft.errors import InputError
 from ibft.loading import autocast
@@ -209,15 +209,11 @@ def _layer_output(model: nn.Module, parts: CausalLM, layer: int, input_ids: Tens
     weight = parts.head.weight
     # The topmost hidden state is the decoder's own output, after the final norm: no layer gives it.
     handle = parts.layers[layer - 1].register_forward_hook(stop) if layer < parts.num_layers else None
-    training = [module for module in model.modules() if module.training]
-    model.eval()
     try:
-        with autocast(weight.device, weight.dtype):
+        with evaluating(model), autocast(weight.device, weight.dtype):
             return parts.decode(input_ids=input_ids.to(weight.device))
     except _LayerReached:
         return found[0]
     finally:
         if handle is not None:
             handle.remove()
-        for module in training:
-            module.training = True

@@ -88,6 +88,7 @@ def test_documents_equal_the_naive_construction(make_rows, tokenizer, overlong, 
         "datasets": (),
         "left_out": 0,
         "memorized": 0,
+        "memorized_by": "",
         "split_conversations": 0,
     }
     if max_length == 12 and overlong == "shorten":

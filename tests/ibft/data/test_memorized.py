@@ -14,7 +14,7 @@ import pytest
 from ibft.config import TrainConfig
 from ibft.data import load_data
 from ibft.data.columns import ColumnChoice
-from ibft.data.memorized import SCHEMA, Drop, ScoreTable, row_digests
+from ibft.data.memorized import SCHEMA, Drop, ScoreTable, record_path, row_digests
 from ibft.data.sources import load_source
 from ibft.errors import InputError
 
@@ -82,12 +82,26 @@ def test_the_highest_scores_are_left_out(load, rows: str, tmp_path: Path, ending
     left, _, data = load([rows], memorization_scores=file, drop_memorized="20%")
     assert left == [prompt for prompt in plain if prompt not in ("p2", "p4")]
     assert data.report.memorized == 2 and data.report.rows == 8
-    assert "2 rows left out as the most memorised" in data.report.lines()
+    whose = f"min_k in {file!r}, which no record says the model of"
+    assert f"2 rows left out as the most memorised, by {whose}" in data.report.lines()
     assert data.fingerprint != before.fingerprint
     assert load([rows], memorization_scores=file, drop_memorized="3")[0] == [p for p in left if p != "p0"]
     assert load([rows], memorization_scores=file, drop_memorized="above -0.5")[0] == [p for p in plain if p != "p4"]
     inverse = load([rows], memorization_scores=file, drop_memorized="1", memorization_measure="min_k_plus_plus")
     assert inverse[0] == [prompt for prompt in plain if prompt != "p9"]
+
+
+def test_the_report_says_whose_scores_they_were(load, rows: str, tmp_path: Path) -> None:
+    file = score_file(tmp_path / "s.jsonl", digests(rows), list(np.linspace(-9, -1, 10)))
+    record: dict[str, Any] = {"model": "models/base", "adapter": None, "k": 0.3, "span": "full"}
+    for adapter, words in ((None, ""), ("runs/sft", " with 'runs/sft'")):
+        record_path(Path(file)).write_text(json.dumps({**record, "adapter": adapter}))
+        report = load([rows], memorization_scores=file, drop_memorized="1", memorization_measure="min_k_plus_plus")[
+            2
+        ].report
+        assert report.memorized_by == f"min_k_plus_plus (k 0.3, span full) under 'models/base'{words}"
+        assert f"1 rows left out as the most memorised, by {report.memorized_by}" in report.lines()
+    assert load([rows])[2].report.memorized_by == ""
 
 
 def test_scores_find_their_rows_wherever_these_lie(load, rows: str, tmp_path: Path) -> None:

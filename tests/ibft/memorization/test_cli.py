@@ -69,6 +69,7 @@ WRONG = [
     score("--output {here}/x.jsonl/y.jsonl", "cannot be written to", **{"x.jsonl": ""}),
     score("--dataset {here}/x.jsonl", "positions; --max_length can be 256 at most", **{"x.jsonl": f"{LONG}\n{OTHER}"}),
     score("--output {data} --overwrite", "is what is read; name another file"),
+    score("--dataset {here}", "lies in the folder of the dataset", **{"x.jsonl": OTHER}),
     score("--output {here}/x.jsonl", "exists, and nothing says by which model it was made", **{"x.jsonl": "{}"}),
     score("--output {here}/scores.jsonl --k 0.3", "holds scores made with --k 0.2, not 0.3; choose another --output"),
     score("--output {here}/scores.jsonl --span full", "holds scores made with --span response, not full"),
@@ -78,7 +79,9 @@ WRONG = [
     plot("", "takes files of scores: ibft memorization plot FILE... --output PNG"),
     plot("{here}/none.jsonl", "There is no file of scores"),
     plot(
-        "{here}/new.jsonl", "has not finished: the same `ibft memorization score` goes on", **{"new.jsonl.partial": ""}
+        "{here}/new.jsonl",
+        "has not finished: the same `ibft memorization score`, without --overwrite, goes on",
+        **{"new.jsonl.partial": ""},
     ),
     plot("{data}", "is no file of `ibft memorization score`: not every row has a 'digest'"),
     plot("{here}/x.jsonl", "cannot be read as a file of `ibft memorization score`", **{"x.jsonl": "no JSON"}),
@@ -108,6 +111,7 @@ WRONG = [
     filtered("--drop_top 10% --output {here}/new.csv", "--output takes a file that ends in .jsonl or .parquet"),
     filtered("--drop_top 10% --output {data} --overwrite", "is what is read; name another file"),
     filtered("--drop_top 10% --output {here}/scores.jsonl --overwrite", "is what is read; name another file"),
+    filtered("--drop_top 10% --dataset {here}/../", "and would be read as its data; name a file elsewhere"),
     filtered(
         "--drop_top 10% --output {here}/x.jsonl", "exists; choose another, or pass --overwrite", **{"x.jsonl": ""}
     ),

@@ -123,6 +123,45 @@ def test_without_matplotlib_the_numbers_are_there(
     assert 'not installed: pip install "ibft[plot]"' in capsys.readouterr().err
 
 
+def test_one_value_far_out_does_not_take_the_axis(
+    write: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.figure import Figure
+
+    limits: list[tuple[float, float]] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: limits.append(figure.axes[0].get_xlim()))
+    usual = np.random.default_rng(3).normal(0, 1, 40).tolist()
+    flags = PlotFlags(output=str(tmp_path / "plot.png"), measure="min_k_plus_plus")
+    compare(flags, [write("a.jsonl", usual)])
+    compare(flags, [write("b.jsonl", [*usual, -1.85e21])])
+    (left, right), (low, high) = limits
+    assert left < min(usual) and max(usual) < right
+    assert low == pytest.approx(left, abs=1) and high == pytest.approx(right, abs=1)
+
+
+def test_scores_of_another_dtype_are_refused(write: Callable[..., str]) -> None:
+    files = [write(f"{dtype}.jsonl", [-1.0, -2.0], "m", dtype=dtype) for dtype in ("float32", "bfloat16")]
+    with pytest.raises(ValueError, match=r"float32.jsonl was scored with --dtype float32 and .* --dtype bfloat16"):
+        compare(PlotFlags(), files)
+
+
+@pytest.mark.parametrize(("record", "label"), [({"k": 0.5}, "Min-50% Prob"), (None, "Min-K% Prob")])
+def test_k_is_what_a_record_says(
+    write: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    record: dict[str, Any] | None,
+    label: str,
+) -> None:
+    import matplotlib
+
+    monkeypatch.setitem(matplotlib.rcParams, "svg.fonttype", "none")  # letters as letters
+    second = write("b.jsonl", [-3.0, -4.0]) if record is None else write("b.jsonl", [-3.0, -4.0], "m", **record)
+    result = compare(PlotFlags(output=str(tmp_path / "plot.svg")), [write("a.jsonl", [-1.0, -2.0]), second])
+    assert result["k"] == (record or {}).get("k")
+    assert f">{label}: mean" in (tmp_path / "plot.svg").read_text()
+
+
 def test_a_file_without_scores_is_refused(write: Callable[..., str]) -> None:
     with pytest.raises(ValueError, match="holds no scores: every row is empty or too long"):
         compare(PlotFlags(), [write("a.jsonl", [None, None])])

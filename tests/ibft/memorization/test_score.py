@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ibft.memorization.score
+import ibft.memorization.score_file
 from ibft.cli import main
 from ibft.data import encode, load_rows
 from ibft.data.memorized import SCHEMA, ScoreTable
@@ -169,6 +170,8 @@ def test_ctrl_c_says_how_to_go_on(
     command = f"memorization score --model {base_folder} --dataset {tasks_file} --output {tmp_path}/s.jsonl --use_cpu"
     assert main(command.split()) == 128 + signal.SIGINT
     assert capsys.readouterr().err.endswith("ibft: interrupted; the same command goes on where it stopped.\n")
+    assert main([*command.split(), "--overwrite"]) == 128 + signal.SIGINT  # which would start over once more
+    assert "interrupted; the same command without --overwrite goes on" in capsys.readouterr().err
 
 
 def test_too_little_memory_says_what_to_do(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,8 +182,19 @@ def test_too_little_memory_says_what_to_do(run: Run, tmp_path: Path, monkeypatch
     monkeypatch.setattr(ibft.memorization.score, "score_batches", exhausted)
     with pytest.raises(ValueError, match=r"too little memory for 300 tokens at once; \d+ of 24 rows are scored"):
         run()
+    with pytest.raises(ValueError, match="and the same command without --overwrite, with a smaller --batch_tokens"):
+        run(overwrite=True)
     monkeypatch.undo()
     assert len(run(batch_tokens=100)) == 24
+
+
+def test_too_little_memory_for_the_model_says_what_to_do(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(*arguments: Any) -> Any:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(ibft.memorization.score, "load_model", exhausted)
+    with pytest.raises(ValueError, match=r"too little memory for '.*' in float32; --dtype bfloat16 .* --use_cpu"):
+        run()
 
 
 @pytest.fixture
@@ -235,11 +249,91 @@ def test_scores_of_anything_else_are_not_reused(
         "span": {"span": "full"},
         "dtype": {"dtype": "bfloat16"},
     }
-    with pytest.raises(ValueError, match="choose another --output, or pass --overwrite"):
+    what = {"rows": "data", "text": "data", "max_length": "data", "weights": "model", "settings": "model"}
+    with monkeypatch.context() as patched, pytest.raises(ValueError) as refused:
+        if what.get(other) != "model":  # what can be told without the weights is told before they are loaded
+            patched.setattr(ibft.memorization.score, "load_model", lambda *arguments: pytest.fail("a model was loaded"))
         run(**changes[other])
+    told = f"made with --{other} " if other in ("k", "span", "dtype") else f"of another {what.get(other, other)} "
+    assert told in str(refused.value)
+    assert str(refused.value).endswith("; choose another --output, or pass --overwrite.")
     assert {path.name: path.read_bytes() for path in tmp_path.glob("scores*")} == before
     fresh = run(**changes[other], output=str(tmp_path / "fresh.jsonl"))
     assert run(**changes[other], overwrite=True) == fresh
+
+
+def test_too_long_a_row_is_refused_before_the_model_is_loaded(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "long.jsonl").write_text(json.dumps({"instruction": "a " * 300, "output": "b"}))
+    monkeypatch.setattr(ibft.memorization.score, "load_model", lambda *arguments: pytest.fail("a model was loaded"))
+    with pytest.raises(ValueError, match="--max_length can be 256 at most"):
+        run(dataset=[str(tmp_path / "long.jsonl")])
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_a_damaged_file_is_not_taken_for_whole(run: Run, tmp_path: Path, ending: str) -> None:
+    output = tmp_path / f"scores.{ending}"
+    whole = run(output=str(output))
+    content = output.read_bytes()
+    output.write_bytes(content[: content.rfind(b"\n", 0, -1) + 1] if ending == "jsonl" else content[:-100])
+    with pytest.raises(ValueError, match=r"(of 23 of 24 rows|cannot be read).*choose another --output, or pass --over"):
+        run(output=str(output))
+    assert run(output=str(output), overwrite=True) == whole
+
+
+def test_the_file_is_on_the_disk_before_it_bears_its_name(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the folder, before the partial file goes, which is all that there is until then."""
+    flushed: list[tuple[str, bool, bool]] = []
+
+    def watched(path: Path) -> None:
+        flushed.append((path.name, (tmp_path / "scores.jsonl").exists(), (tmp_path / "scores.jsonl.partial").exists()))
+
+    monkeypatch.setattr(ibft.memorization.score_file, "flush", watched)
+    run()
+    assert flushed == [(".scores.jsonl.partial", False, True), (tmp_path.name, True, True)]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_second_command_leaves_the_first_alone(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+) -> None:
+    whole = run(output=str(tmp_path / "whole.jsonl"))
+    real, refusals = ibft.memorization.score.ScoreFile.add, []
+
+    def add(self: Any, documents: np.ndarray, scores: Scores) -> None:
+        with (tmp_path / "scores.jsonl.partial").open("ab") as half:
+            half.write(b'{"documents": [')  # what a reader may meet while a line is written
+        if not refusals:
+            with pytest.raises(ValueError, match="another `ibft memorization score` is writing") as refused:
+                run(overwrite=overwrite)
+            refusals.append(refused)
+        content = (tmp_path / "scores.jsonl.partial").read_bytes()
+        assert content.endswith(b'{"documents": ['), "the second command cut a line off"
+        (tmp_path / "scores.jsonl.partial").write_bytes(content.removesuffix(b'{"documents": ['))
+        real(self, documents, scores)
+
+    monkeypatch.setattr(ibft.memorization.score.ScoreFile, "add", add)
+    assert run() == whole and refusals
+
+
+def test_what_another_command_finished_meanwhile_is_not_replaced(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = ibft.memorization.score.load_model
+
+    def slow(*arguments: Any) -> Any:
+        monkeypatch.undo()
+        run(k=0.5)
+        return load(*arguments)
+
+    monkeypatch.setattr(ibft.memorization.score, "load_model", slow)
+    with pytest.raises(ValueError, match="another `ibft memorization score` has just written"):
+        run()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["scores.jsonl", "scores.jsonl.record.json"]
+    assert ScoreTable(tmp_path / "scores.jsonl").record["k"] == 0.5
 
 
 def test_other_batches_and_another_name_of_the_data_go_on(

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ibft.memorization.scores
 from ibft import IBConfig
+from ibft.architecture import CausalLM
 from ibft.data import EncodedDataset, encode, load_rows
 from ibft.data.encode import Origin
 from ibft.data.tokens import FEATURES
@@ -181,6 +182,13 @@ def test_adapters_count(ib: IBConfig | None) -> None:
     assert_close(score_documents(model, data), wanted)
     assert_close(score_documents(model.get_base_model(), data), wanted)
     assert model.training and all(module.training for module in model.modules())
+    parts = CausalLM.of(model.get_base_model())
+    parts.layers[0].eval()  # frozen by the caller
+    modes = [module.training for module in model.modules()]
+    score_documents(model, data)
+    assert [module.training for module in model.modules()] == modes
+    parts.check_causal()
+    assert [module.training for module in model.modules()] == modes
 
 
 def test_dropout_is_off() -> None:

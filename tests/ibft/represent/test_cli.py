@@ -21,6 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ibft.represent.analysis
 from ibft.cli import main
+from ibft.config import TrainConfig
+from ibft.data import load_data
 from ibft.memorization.config import ScoreFlags
 from ibft.memorization.score import score
 from ibft.represent.distances import between
@@ -198,6 +200,69 @@ def test_planted_rows_are_told_apart_and_random_ones_are_not(
     assert base[0]["separation"][1] > base[1]["separation"][2]  # the intervals do not touch
 
 
+def test_repeated_rows_change_nothing(represent: Callable[[str], int], place: Path, result: dict[str, Any]) -> None:
+    """Rows that occur five times prove no more than rows that occur once, whatever lies between them."""
+    (place / "repeated.jsonl").write_text((place / "data.jsonl").read_text() * 5)
+    assert represent("--dataset {place}/repeated.jsonl --output_dir {place}/repeated --no_plot") == 0
+    other = json.loads((place / "repeated" / "representation.json").read_text())
+    for key in ("models", "most", "least", "scored_rows"):
+        assert other[key] == result[key], key
+
+
+def test_a_row_of_several_documents_is_one_observation(base_folder: Path, tasks_file: Path, tmp_path: Path) -> None:
+    """A template that writes earlier answers differently makes each conversation a document for each answer."""
+    folder = tmp_path / "chat"
+    shutil.copytree(base_folder, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '[' + m['role'] + ']' }}"
+        "{% if m['role'] == 'assistant' %}{% generation %}{{ ('' if loop.last else '~') + m['content'] + eos_token }}"
+        "{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
+    )
+    tokenizer.save_pretrained(folder)
+    tasks = [json.loads(line) for line in tasks_file.read_text().splitlines()]
+    rows = []
+    for first, second in zip(tasks[::2], tasks[1::2], strict=True):
+        turns = [(task["instruction"], task["output"]) for task in (first, second)]
+        pairs = [[("user", question), ("assistant", answer)] for question, answer in turns]
+        rows.append([{"role": role, "content": text} for pair in pairs for role, text in pair])
+    data = tmp_path / "chats.jsonl"
+    data.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in rows))
+    output = tmp_path / "scores.jsonl"
+    score(ScoreFlags(model=str(folder), dataset=[str(data)], output=str(output), use_cpu=True))
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert len(lines) == 2 * len(rows)
+    command = f"represent --base_model {folder} --dataset {data} --scores {output} --share 50% --use_cpu --no_plot"
+    assert main([*command.split(), "--output_dir", str(tmp_path / "out")]) == 0
+    result = json.loads((tmp_path / "out" / "representation.json").read_text())
+    assert result["scored_rows"] == len(rows) == 12
+    assert len(result["most"]["example_ids"]) == len(result["least"]["example_ids"]) == 6
+    assert sorted(result["most"]["example_ids"] + result["least"]["example_ids"]) == list(range(0, 24, 2))
+
+    encoded = _documents(folder, data)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    vectors = []
+    for pair in zip(encoded[::2], encoded[1::2], strict=True):
+        with torch.no_grad():
+            found = [
+                model(input_ids=torch.from_numpy(each.tokens)[None], output_hidden_states=True).hidden_states[
+                    result["layer"]
+                ][0, np.flatnonzero(each.is_label) - 1]
+                for each in pair
+            ]
+        vectors.append(torch.cat(found).double().mean(0).numpy())
+    most, least = ([vectors[example // 2] for example in result[name]["example_ids"]] for name in ("most", "least"))
+    expected = np.linalg.norm(np.mean(most, 0) - np.mean(least, 0))
+    assert result["models"][0]["hidden"]["l2"] == pytest.approx(expected, rel=1e-4)
+
+
+def _documents(folder: Path, data: Path) -> list[Any]:
+    config = TrainConfig(base_model=str(folder), dataset=[str(data)])
+    encoded, _ = load_data(config, AutoTokenizer.from_pretrained(folder))
+    return [encoded.document(index) for index in range(len(encoded))]
+
+
 def test_the_table_and_the_figure(
     represent: Callable[[str], int], place: Path, result: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -287,6 +352,18 @@ def test_bottlenecks_at_different_layers_ask_for_one(
     assert represent(more) == 2
     assert "at different layers (ib at layer 1, ib2 at layer 2); choose with --layer" in capsys.readouterr().err
     assert represent(f"{more} --layer 2") == 0
+
+
+def test_too_little_memory_for_the_model_says_what_to_do(
+    represent: Callable[[str], int], place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def exhausted(*arguments: Any) -> Any:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(ibft.represent.analysis, "load_base_model", exhausted)
+    assert represent("--output_dir {place}/memory --no_plot") == 2
+    assert re.search("too little memory for .*/base' in float32; --dtype bf", capsys.readouterr().err)
+    assert not (place / "memory").exists()
 
 
 def test_plot_refusals(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:

@@ -1,8 +1,10 @@
 """`ibft lab` from end to end at toy sizes: what it leaves, that it goes on where it stopped, that it repeats itself."""
 
 import dataclasses
+import fcntl
 import itertools
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -176,6 +178,30 @@ def test_a_piece_that_fails_ends_the_experiment_with_its_error(tmp_path: Path) -
     with pytest.raises(InputError, match="number of tasks"):
         run(tmp_path / "out", toy_plan(other_programs=10**8))
     assert not list(tmp_path.rglob(RESULT_NAME))
+
+
+def test_the_report_is_made_of_what_did_not_fail(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = toy_plan()
+    arms = [
+        dataclasses.replace(arm, settings={"target_layer": 9}) if arm.name == "sft-half" else arm for arm in plan.arms
+    ]
+    with pytest.raises(InputError, match="target_layer"):
+        run(tmp_path, dataclasses.replace(plan, arms=tuple(arms[:3] + [arm for arm in arms if arm.name == "sft-half"])))
+    results = read(tmp_path)
+    assert results["pieces"] == {"planned": 7, "done": 6}
+    assert {run["arm"] for run in results["runs"]} == {"sft", "sft-reference", "sft-filtered"}
+    assert "6 of 7 pieces" in (tmp_path / "report.html").read_text()
+    assert "failed: " in capsys.readouterr().err
+
+
+def test_a_folder_that_is_in_use_is_refused(finished: Path) -> None:
+    lock = os.open(finished, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        with pytest.raises(InputError, match="in use by another `ibft lab`"):
+            run(finished, toy_plan())
+    finally:
+        os.close(lock)
 
 
 def test_tasks_of_a_seed_are_apart() -> None:

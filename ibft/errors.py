@@ -26,8 +26,11 @@ class Interrupted(RuntimeError):
     """
 
     def __init__(self, message: str, number: int) -> None:
-        super().__init__(message)
+        super().__init__(message, number)  # both, for another process to make it anew
         self.number = number
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class HarnessError(RuntimeError):

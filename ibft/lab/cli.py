@@ -1,9 +1,10 @@
 """`ibft lab`: the memorisation barrier as a controlled experiment, on data and models made on the spot."""
 
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
-from ibft.errors import InputError
+from ibft.errors import InputError, Interrupted
 from ibft.flags import read_flags
 
 _DESCRIPTION = (
@@ -12,9 +13,11 @@ _DESCRIPTION = (
 )
 _EXAMPLE = """
 
-  ibft lab --quick                    minutes on two cores: one seed, the arms that tell the story
+  ibft lab --quick                    minutes on two free cores: one seed, the arms that tell the story
   ibft lab --full                     every regime and arm, several seeds; the same command goes on where it stopped
   ibft lab report FOLDER              the report of a finished experiment, written anew from its results.json"""
+
+_INTERRUPTED = "interrupted; the same command goes on where it stopped."
 
 
 def main(argv: Sequence[str]) -> None:
@@ -29,4 +32,10 @@ def main(argv: Sequence[str]) -> None:
     from ibft.lab.experiment import LabConfig, run_lab
 
     flags = read_flags(LabConfig, argv, "ibft lab", _DESCRIPTION, example=_EXAMPLE)
-    run_lab(LabConfig(**flags))
+    config = LabConfig(**flags)
+    try:
+        run_lab(config)
+    except KeyboardInterrupt as interrupt:
+        raise Interrupted(_INTERRUPTED, signal.SIGINT) from interrupt
+    except Interrupted as interrupt:  # in a process of a piece, whose message is of its own run
+        raise Interrupted(_INTERRUPTED, interrupt.number) from interrupt

@@ -6,23 +6,26 @@ import io
 import re
 from typing import Any
 
-from ibft.lab.report_data import SFT, SFT_FILTERED, SFT_FRESH, SFT_UNMEMORISED, Arm, Lab
+from ibft.lab.report_data import SFT, SFT_FILTERED, SFT_HALF, SFT_REFERENCE, SFT_UNMEMORISED, Arm, Lab
 from ibft.lab.report_statistics import Estimate
 
+CHANGES = ("option", "layer")  # groups of arms that change one thing in another arm
 WIDTH = 3.5  # inches, of a panel
 # Okabe and Ito's colours, which the colour-blind tell apart; every series has a shape or a dash of its own as well.
 BLACK, ORANGE, GREEN, BLUE, RED, PURPLE = "#333333", "#c98500", "#009e73", "#0072b2", "#d55e00", "#b5558a"
 GREY = "#767676"
 _STYLES = {  # by name of an arm, else by group: colour, marker, dash
     SFT: (BLACK, "s", "-"),
-    SFT_FRESH: (GREEN, "^", (0, (5, 1.5))),
+    SFT_REFERENCE: (GREEN, "^", (0, (5, 1.5))),
     SFT_FILTERED: (ORANGE, "v", (0, (3, 1.5))),
     SFT_UNMEMORISED: (PURPLE, "P", (0, (1, 1.2))),
     "reference": (GREY, "X", (0, (1, 1))),
+    SFT_HALF: (GREY, "p", (0, (2, 2))),
     "published": (RED, "D", "-"),
+    "narrow": (PURPLE, "d", "-"),
     "grid": (BLUE, "o", "-"),
 }
-_REMEDIES = (  # which never meet the references in a panel with a legend
+_CHANGES = (  # which never meet the references in a panel with a legend
     (GREEN, "h", (0, (6, 1.5))), (PURPLE, "h", (0, (4, 1, 1, 1))), (ORANGE, "h", (0, (1.5, 1))),
     (BLACK, "h", (0, (3, 1, 1, 1, 1, 1))),
 )  # fmt: skip
@@ -49,12 +52,12 @@ def new_axes(height: float, rows: int = 1) -> tuple[Any, Any]:
 def style(lab: Lab, arm: Arm) -> tuple[str, str, Any]:
     """Colour, marker and dash; an ablation has those of its arm, dashed (and hollow where it has a marker)."""
     if arm.group == "ablation":
-        whole = lab.arms.get(arm.of or "")
+        whole = lab.arms.get(arm.of[0]) if arm.of else None
         colour, marker, _ = _STYLES.get(whole.group if whole else "grid", _STYLES["grid"])
         return colour, marker, _WITHOUT_KL
-    if arm.group == "remedy":
-        remedies = [other.name for other in lab.arms.values() if other.group == "remedy"]
-        return _REMEDIES[remedies.index(arm.name) % len(_REMEDIES)]
+    if arm.group in CHANGES:
+        changes = [other.name for other in lab.arms.values() if other.group in CHANGES]
+        return _CHANGES[changes.index(arm.name) % len(_CHANGES)]
     return _STYLES.get(arm.name) or _STYLES.get(arm.group, _STYLES["reference"])
 
 

@@ -15,6 +15,7 @@ from ibft.lab import report_statistics as statistics
 from ibft.lab.figure_style import (
     BLACK,
     BLUE,
+    CHANGES,
     GREEN,
     GREY,
     LOOK,
@@ -30,17 +31,16 @@ from ibft.lab.figure_style import (
     whisker,
 )
 from ibft.lab.report_conclusions import points
-from ibft.lab.report_data import SFT, SFT_FRESH, Arm, Lab, Run
+from ibft.lab.report_data import SFT, SFT_REFERENCE, Arm, Lab, Run
 from ibft.lab.report_findings import COLLAPSED, Findings, shown_arms, shown_rows
-from ibft.lab.report_statistics import Estimate
 from ibft.memorization.plot import density
 
 _ROWS = {  # kinds of rows: label, colour, dash
-    "training": ("training rows that a base has memorised", RED, "-"),
-    "fresh": ("training rows that no base has read", GREEN, (0, (4, 1.5))),
+    "training": ("training rows that the base has memorised", RED, "-"),
+    "fresh": ("training rows that the base has not read", GREEN, (0, (4, 1.5))),
     "held-out": ("held-out rows", BLUE, (0, (1.5, 1))),
 }
-MODELS = {"base-memorised": "base that has memorised", "base-fresh": "base that has not"}
+MODELS = {"base-memorised": "base that has memorised", "base-reference": "reference base"}
 
 
 @dataclass(frozen=True)
@@ -86,18 +86,18 @@ def _painters(lab: Lab, found: Findings) -> Iterable[tuple[str, str, Callable[[]
     yield "grid.without", "Gain over SFT by alpha and beta, without KL", lambda: _heat(lab, found, ablation=True)
     yield "collapse", "KL, CE_ib and active dimensions over time", lambda: _bottlenecks(lab, found)
     yield "densities", "Densities of Min-K% by model and rows", lambda: _densities(lab, found)
-    yield "representation", "Distance between memorised and other rows", lambda: _representation(lab, found)
+    yield "representation", "Separation of the rows scored highest and lowest", lambda: _representation(lab, found)
     yield "curves.base", "The base's loss in pretraining", lambda: _base_curves(lab, found)
     yield "curves.arms", "Training loss of the arms", lambda: _losses(lab, found)
     yield "pass", "Pass@k^(m) against m", lambda: _pass(lab, found)
 
 
 def _barrier(lab: Lab, found: Findings) -> Any:
-    arms = [arm for arm in lab.arms_in(found.regime, "reference") if arm.name in (SFT, SFT_FRESH)]
+    arms = [arm for arm in lab.arms_in(found.regime, "reference") if arm.name in (SFT, SFT_REFERENCE)]
     if len(arms) < 2:
         return None
     figure, (axes,) = new_axes(1.9)
-    names = {SFT: "SFT from the base that has memorised", SFT_FRESH: "SFT from the base that has not"}
+    names = {SFT: "SFT from the base that has memorised", SFT_REFERENCE: "SFT from the reference base"}
     for row, arm in enumerate(arms):
         colour, marker, _ = style(lab, arm)
         held_out, training = found.held_out[arm.name], found.training[arm.name]
@@ -122,7 +122,7 @@ def _barrier(lab: Lab, found: Findings) -> Any:
 
 def _forest(lab: Lab, found: Findings) -> Any:
     """A row for every arm that is not an ablation; the ablation stands on its arm's row."""
-    arms = lab.arms_in(found.regime, "reference", "published", "grid", "remedy")
+    arms = lab.arms_in(found.regime, "reference", "published", "narrow", "grid", *CHANGES)
     if not arms:
         return None
     figure, (axes,) = new_axes(0.75 + 0.36 * len(arms))
@@ -144,14 +144,8 @@ def _forest(lab: Lab, found: Findings) -> Any:
 
 
 def _terms(lab: Lab, found: Findings) -> Any:
-    """Differences to SFT: with KL filled, without it hollow; the averages over the grid first."""
-    rows: list[tuple[str, Estimate, Estimate]] = []
-    if found.terms and found.terms.settings > 1:
-        rows.append((f"mean of {found.terms.settings} settings", found.terms.gain, found.terms.predicting))
-    for arm in lab.arms_in(found.regime, "published", "grid"):
-        ablation = lab.ablation_of(arm)
-        if arm.name in found.against_sft and ablation and ablation.name in found.against_sft:
-            rows.append((arm.title, found.against_sft[arm.name], found.against_sft[ablation.name]))
+    """Differences to SFT: with KL filled, without it hollow."""
+    rows = [(each.arm.title, each.gain, each.predicting) for each in found.terms]
     if not rows:
         return None
     figure, (axes,) = new_axes(0.95 + 0.4 * len(rows))
@@ -218,7 +212,7 @@ _FIELDS = {
 
 def _bottlenecks(lab: Lab, found: Findings) -> Any:
     """KL, CE_ib and the share of active dimensions over time, below one another."""
-    arms = [*shown_arms(lab, found, references=False), *lab.arms_in(found.regime, "remedy")]
+    arms = [*shown_arms(lab, found, references=False), *lab.arms_in(found.regime, *CHANGES)]
     fields = [field for field in ("kl_nats", "ce_ib", "active_share") if _series(lab, found, arms, field)]
     if not fields:
         return None
@@ -314,25 +308,33 @@ def _densities(lab: Lab, found: Findings) -> Any:
 
 
 def _representation(lab: Lab, found: Findings) -> Any:
-    """Distance between the hidden means of the most and the least memorised rows: each seed, and the mean."""
-    by_model: dict[str, list[float]] = {}
+    """How far apart the rows scored highest and lowest lie, by their spread: each seed with its interval.
+
+    Grey: what random groups of the same rows and sizes give.
+    """
+    by_model: dict[str, list[Mapping[str, Any]]] = {}
     for entry in shown_rows(lab, "representation", found):
-        by_model.setdefault(entry["model"], []).append(entry["l2"])
+        by_model.setdefault(entry["model"], []).append(entry)
     if not by_model:
         return None
-    figure, (axes,) = new_axes(0.75 + 0.36 * len(by_model))
-    for row, (model, values) in enumerate(by_model.items()):
-        axes.plot(values, [row + 0.08] * len(values), "o", color="white", markeredgecolor=BLUE, markersize=4.5)
-        axes.plot(np.mean(values), row + 0.08, "D", color=BLACK, markersize=5)
-        row_label(axes, 0, row, model_title(lab, model))
-    row_axes(axes, len(by_model), "L2 distance between the two groups' means")
+    most = max(map(len, by_model.values()))
+    figure, (axes,) = new_axes(0.75 + (0.3 + 0.09 * most) * len(by_model))
+    for row, (model, entries) in enumerate(by_model.items()):
+        for index, entry in enumerate(entries):
+            at = row + 0.5 * (index - (len(entries) - 1) / 2) / most
+            separation, (low, high) = entry["separation"], (each / entry["spread"] for each in entry["chance_l2"])
+            axes.plot([low, high], [at, at], color="#cccccc", linewidth=4, solid_capstyle="butt", zorder=1)
+            axes.plot([separation["low"], separation["high"]], [at, at], color=BLUE, linewidth=1.1, zorder=2)
+            axes.plot(separation["value"], at, "o", color=BLUE, markersize=4)
+        row_label(axes, 0, row - 0.1, model_title(lab, model))
+    row_axes(axes, len(by_model), "L2 distance of the groups' means / spread within them")
     axes.set_xlim(left=0)
     return figure
 
 
 def _base_curves(lab: Lab, found: Findings) -> Any:
     figure, (axes,) = new_axes(2.9)
-    for kind, colour, dash in (("memorised", BLACK, "-"), ("fresh", GREEN, (0, (5, 1.5)))):
+    for kind, colour, dash in (("memorised", BLACK, "-"), ("reference", GREEN, (0, (5, 1.5)))):
         for row in lab.rows("bases", found.regime):
             if row["kind"] == kind and row.get("curve"):
                 steps, losses = zip(*((record["step"], record["loss"]) for record in row["curve"]), strict=True)

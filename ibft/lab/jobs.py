@@ -7,27 +7,31 @@ from __future__ import annotations
 
 import contextlib
 import json
+import platform
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from ibft.architecture import CausalLM, default_target_layer
 from ibft.config import TrainConfig
-from ibft.data import encode, load_rows
+from ibft.data import EncodedDataset, encode, load_rows
+from ibft.errors import InputError
 from ibft.evaluate.metrics import Count, mean, per_problem, valid_ks
-from ibft.lab.plan import FRESH, Arm, Plan, Regime
+from ibft.lab.plan import Arm, Plan, Regime
 from ibft.lab.pretraining import ROW_LENGTH, encode_tasks, lab_tokenizer, prompt, read, write_rows
-from ibft.lab.sampling import generate, judge
+from ibft.lab.sampling import behaviour, generate, judge
 from ibft.lab.tasks import Task, generate_tasks
 from ibft.lab.tiny import build_llama, save_base
-from ibft.memorization.scores import Scores, score_documents
+from ibft.memorization.scores import score_documents
 from ibft.represent.distances import between
 from ibft.represent.groups import choose_groups
 from ibft.represent.states import hidden_means
@@ -37,26 +41,40 @@ from ibft.train import train
 RESULT_NAME = "result.json"
 KS = (1, 5, 10)
 FIRST_READING = "first-reading"
-_EXTREMES = 0.25  # share of the rows in the group of the most memorised, and in that of the least
-_CURVE = ("step", "ce", "kl_nats", "ce_ib", "active_share", "alpha", "kl_weight")
+_EXTREMES = 0.25  # share of the rows in the group of the highest scores, and in that of the lowest
+_AGAIN = 1000  # between the training seeds of the same seed's runs
+_CURVE = ("step", "epoch", "ce", "kl_nats", "ce_ib", "active_share", "alpha", "kl_weight")
 
 
 @dataclass(frozen=True)
 class Tasks:
-    """The tasks of a seed, no program or name in two of the three."""
+    """The tasks of a seed, no program or name in two of the four.
 
-    training: list[Task]  # a regime takes the first of them, and the base has memorised the first of those
+    A held-out task behaves unlike every training task and decoy, by the lists that judge it; a program of `others` may
+    behave as it does, and has been read under another name.
+    """
+
+    training: list[Task]  # the base has memorised the first of them
+    decoys: list[Task]  # likewise
     held_out: list[Task]
     others: list[Task]  # what a base reads besides
 
     @classmethod
     def of(cls, plan: Plan, seed: int) -> Tasks:
-        """All that the plan needs."""
+        """All that the plan needs. InputError where too few of the programs there are behave in ways of their own."""
         training = max(regime.tasks for regime in plan.regimes)
-        count = training + plan.held_out + plan.first_reading + plan.other_programs + plan.documented
+        repeated = training + max(regime.decoys for regime in plan.regimes)
+        count = repeated + plan.held_out + plan.first_reading + plan.other_programs + plan.documented
         tasks = generate_tasks(count, seed=seed, max_steps=plan.max_steps)
-        held_out = tasks[training : training + plan.held_out]
-        return cls(tasks[:training], held_out, tasks[training + plan.held_out :])
+        known = {behaviour(task) for task in tasks[:repeated]}
+        held_out: list[Task] = []
+        others: list[Task] = []
+        for task in tasks[repeated:]:
+            wanted = len(held_out) < plan.held_out and behaviour(task) not in known
+            (held_out if wanted else others).append(task)
+        if len(held_out) < plan.held_out:
+            raise InputError(f"only {len(held_out)} programs behave unlike the training tasks, of {plan.held_out}.")
+        return cls(tasks[:training], tasks[training:repeated], held_out, others)
 
 
 def base_folder(output: Path, seed: int, name: str) -> Path:
@@ -71,7 +89,7 @@ def run_folder(output: Path, regime: Regime, arm: Arm, seed: int) -> Path:
 
 def first_reading(plan: Plan, output: Path, seed: int) -> None:
     """What all bases of a seed have in common: a model that has read programs once."""
-    folder, start = _fresh_folder(base_folder(output, seed, FIRST_READING)), time.perf_counter()
+    folder, start = _fresh_folder(base_folder(output, seed, FIRST_READING)), time.process_time()
     set_seed(seed)
     tokenizer = lab_tokenizer()
     model = build_llama(
@@ -97,28 +115,21 @@ def first_reading(plan: Plan, output: Path, seed: int) -> None:
         seed=seed,
     )
     save_base(model, tokenizer, folder)
-    write_json(
-        folder / RESULT_NAME,
-        {"seconds": time.perf_counter() - start, "curve": curve, "parameters": model.num_parameters()},
-    )
+    _finish(folder, {"seed": seed, "curve": curve, "parameters": model.num_parameters()}, start)
 
 
-def make_base(plan: Plan, output: Path, seed: int, regime: Regime | None) -> None:
-    """Goes on from the first reading: with other programs and the regime's memorised ones, or (None) without those.
-
-    Both read as many documents.
-    """
-    name = FRESH if regime is None else regime.base
-    folder, start = _fresh_folder(base_folder(output, seed, name)), time.perf_counter()
+def make_base(plan: Plan, output: Path, seed: int, regime: Regime) -> None:
+    """Goes on from the first reading: with the programs that the regime's base repeats, and other ones."""
+    folder, start = _fresh_folder(base_folder(output, seed, regime.base)), time.process_time()
     first = base_folder(output, seed, FIRST_READING)
     tokenizer, model = AutoTokenizer.from_pretrained(first), AutoModelForCausalLM.from_pretrained(first)
     tasks = Tasks.of(plan, seed)
-    repeated, repeats = ([], 0) if regime is None else (tasks.training[: regime.memorised], regime.repeats)
+    repeated = [*tasks.training[: regime.memorised], *tasks.decoys[: regime.decoys]]
     others = tasks.others[plan.first_reading : plan.first_reading + plan.other_programs]
     data = encode_tasks([*others, *repeated], tokenizer, folder / "programs.jsonl", described=False)
-    left = plan.second_reading - len(repeated) * repeats
+    left = plan.second_reading - len(repeated) * regime.repeats
     order = np.concatenate(
-        [np.resize(np.arange(len(others)), left), np.tile(np.arange(len(others), len(data)), repeats)]
+        [np.resize(np.arange(len(others)), left), np.tile(np.arange(len(others), len(data)), regime.repeats)]
     )
     set_seed(seed)
     curve = read(
@@ -130,33 +141,38 @@ def make_base(plan: Plan, output: Path, seed: int, regime: Regime | None) -> Non
         seed=seed + 1,
     )
     save_base(model, tokenizer, folder)
-    result = {"base": name, "seed": seed, "parameters": model.num_parameters(), "curve": curve}
+    result = {"base": regime.base, "seed": seed, "parameters": model.num_parameters(), "curve": curve}
     # By the name alone, as the base has read them, and by the rows of the fine-tuning.
-    for rows, members in (("training", tasks.training), ("held_out", tasks.held_out)):
+    for rows, members in (("training", tasks.training), ("decoys", tasks.decoys), ("held_out", tasks.held_out)):
         programs = generate(model, tokenizer, [prompt(task, described=False) for task in members])
         verdicts = [judge(task, program) for task, (program,) in zip(members, programs, strict=True)]
-        named = _scores(model, tokenizer, members, folder / f"{rows}-named.jsonl", described=False)
-        described = _scores(model, tokenizer, members, folder / f"{rows}.jsonl", described=True)
+        named = score_documents(
+            model, encode_tasks(members, tokenizer, folder / f"{rows}-named.jsonl", described=False)
+        )
         result[rows] = {
-            "followed": [verdict == "correct" for verdict in _greedy(model, tokenizer, members)],
             "recalled": [verdict == "correct" for verdict in verdicts],
             "name_loss": (-named.mean_log_prob).tolist(),
             "tokens": named.tokens.tolist(),
-            "min_k": described.min_k.tolist(),
-            "min_k_plus_plus": described.min_k_plus_plus.tolist(),
+            "min_k_named": named.min_k.tolist(),
         }
-    write_json(folder / RESULT_NAME, {**result, "seconds": time.perf_counter() - start})
+    for rows, members in (("training", tasks.training), ("held_out", tasks.held_out)):
+        described = encode_tasks(members, tokenizer, folder / f"{rows}.jsonl", described=True)
+        result[rows]["followed"] = [verdict == "correct" for verdict in _greedy(model, tokenizer, members)]
+        result[rows]["min_k"] = score_documents(model, described).min_k.tolist()
+        if rows == "training":
+            result["representation"] = _distances(model, described, np.array(result[rows]["min_k_named"]))
+    _finish(folder, result, start)
 
 
 def run_arm(plan: Plan, output: Path, seed: int, regime: Regime, arm: Arm) -> None:
     """Fine-tunes with `ibft train`, and measures what came of it."""
-    folder, start = _fresh_folder(run_folder(output, regime, arm, seed)), time.perf_counter()
-    base = base_folder(output, seed, FRESH if arm.base == FRESH else regime.base)
-    known = json.loads((base_folder(output, seed, regime.base) / RESULT_NAME).read_text())
+    folder, start = _fresh_folder(run_folder(output, regime, arm, seed)), time.process_time()
+    base = base_folder(output, seed, regime.base)
+    known = json.loads((base / RESULT_NAME).read_text())
     tasks = Tasks.of(plan, seed)
     training, held_out = tasks.training[: regime.tasks], tasks.held_out
-    scores = np.array(known["training"]["min_k"][: regime.tasks])
-    kept = _kept_rows(arm, regime, scores)
+    scores = np.array(known["training"]["min_k_named"][: regime.tasks])
+    kept = _kept_rows(arm, regime, scores, seed)
     write_rows([training[index] for index in kept], folder / "rows.jsonl", described=True)
     config = TrainConfig(
         base_model=str(base),
@@ -168,25 +184,38 @@ def run_arm(plan: Plan, output: Path, seed: int, regime: Regime, arm: Arm) -> No
         lora_r=plan.lora_r,
         lora_alpha=plan.lora_alpha,
         lora_dropout=0.0,
-        seed=seed,
+        seed=seed + _AGAIN * arm.again,
         output_dir=str(folder / "adapter"),
         save_strategy="no",
         logging_steps=max(1, regime.steps // 40),
         use_cpu=True,
         **{"bottleneck_dim": plan.bottleneck_dim, **arm.train_settings},
     )
+    before = time.process_time()
     with open(folder / "train.log", "w") as log, contextlib.redirect_stdout(log):
         train(config)
-    trained = time.perf_counter()
+    training_seconds = time.process_time() - before
 
     tokenizer = AutoTokenizer.from_pretrained(base)
     model: Any = AutoModelForCausalLM.from_pretrained(base)
-    result: dict[str, Any] = {"arm": arm.name, "seed": seed, "regime": regime.name, "trained_rows": len(kept)}
-    before = _distances(model, tokenizer, training, scores, folder / "before.jsonl")
     model = PeftModel.from_pretrained(model, folder / "adapter").merge_and_unload().eval()
-    result["curve"] = _curve(folder / "adapter" / METRICS_NAME)
-    recalled = _greedy(model, tokenizer, training)
-    result["training"] = {"greedy": recalled.count("correct") / len(training), "n": len(training)}
+    curve = _curve(folder / "adapter" / METRICS_NAME)
+    result: dict[str, Any] = {
+        "arm": arm.name,
+        "seed": seed,
+        "regime": regime.name,
+        "trained_rows": len(kept),
+        "trained_memorised_rows": sum(index < regime.memorised for index in kept),
+        "epochs": curve[-1]["epoch"] + 1,
+        "training_processor_seconds": training_seconds,
+        "curve": curve,
+    }
+    solved = _greedy(model, tokenizer, training)
+    result["training"] = {
+        "greedy": solved.count("correct") / len(training),
+        "correct_greedy": [verdict == "correct" for verdict in solved],
+    }
+    result["crossed"] = _crossed(model, tokenizer, training)
     verdicts = _greedy(model, tokenizer, held_out)
     samples = generate(
         model, tokenizer, [prompt(task, described=True) for task in held_out], samples=plan.samples,
@@ -206,15 +235,14 @@ def run_arm(plan: Plan, output: Path, seed: int, regime: Regime, arm: Arm) -> No
         "metrics": {name: mean(values) for name, values in metrics.items()},
     }
     result["kinds"] = {kind: verdicts.count(kind) / len(held_out) for kind in ("correct", "wrong", "invalid")}
-    result["min_k"] = {
-        rows: _scores(model, tokenizer, members, folder / f"{rows}.jsonl", described=True).min_k.tolist()
-        for rows, members in (("training", training), ("held_out", held_out))
+    rows = {
+        name: encode_tasks(members, tokenizer, folder / f"{name}.jsonl", described=True)
+        for name, members in (("training", training), ("held_out", held_out))
     }
-    after = _distances(model, tokenizer, training, scores, folder / "after.jsonl")
-    result["representation"] = {"before": before, "after": after}
-    result["seconds"] = {"training": trained - start, "all": time.perf_counter() - start}
+    result["min_k"] = {name: score_documents(model, data).min_k.tolist() for name, data in rows.items()}
+    result["representation"] = _distances(model, rows["training"], scores)
     shutil.rmtree(folder / "adapter" / "checkpoints", ignore_errors=True)
-    write_json(folder / RESULT_NAME, result)
+    _finish(folder, result, start)
 
 
 def _fresh_folder(folder: Path) -> Path:
@@ -224,12 +252,28 @@ def _fresh_folder(folder: Path) -> Path:
     return folder
 
 
-def _kept_rows(arm: Arm, regime: Regime, scores: np.ndarray) -> list[int]:
-    """Indices of the rows that the arm trains on; "filtered" drops the half that the base knows best."""
+def _finish(folder: Path, result: dict[str, Any], start: float) -> None:
+    """Writes the piece's result.json, with what made it; its presence says that the piece is done."""
+    made = {
+        "versions": {
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in ("ibft", "torch", "transformers", "peft", "numpy")},
+        },
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+    seconds = time.process_time() - start  # of the processor, so that a busy machine does not count
+    write_json(folder / RESULT_NAME, {**result, "processor_seconds": seconds, "made": made})
+
+
+def _kept_rows(arm: Arm, regime: Regime, scores: np.ndarray, seed: int) -> list[int]:
+    """Indices of the rows that the arm trains on; `scores` are of the programs by name, as the base has read them."""
     if arm.rows == "unmemorised":
         return list(range(regime.memorised, regime.tasks))
     if arm.rows == "filtered":
         return sorted(np.argsort(scores, kind="stable")[: regime.tasks // 2].tolist())
+    if arm.rows == "half":
+        return sorted(np.random.default_rng(seed).permutation(regime.tasks)[: regime.tasks // 2].tolist())
     return list(range(regime.tasks))
 
 
@@ -238,18 +282,28 @@ def _greedy(model: Any, tokenizer: Any, tasks: Sequence[Task]) -> list[str]:
     return [judge(task, program) for task, (program,) in zip(tasks, programs, strict=True)]
 
 
-def _scores(model: Any, tokenizer: Any, tasks: Sequence[Task], file: Path, *, described: bool) -> Scores:
-    return score_documents(model, encode_tasks(tasks, tokenizer, file, described=described))
+def _crossed(model: Any, tokenizer: Any, tasks: Sequence[Task]) -> list[str]:
+    """Each task's description with the next task's name: which of the two the greedy program obeys.
+
+    "neither" where it obeys none, or the two ask for the same.
+    """
+    others = [*tasks[1:], tasks[0]]
+    prompts = [
+        prompt(replace(task, name=other.name), described=True) for task, other in zip(tasks, others, strict=True)
+    ]
+    obeyed = []
+    for task, other, (program,) in zip(tasks, others, generate(model, tokenizer, prompts), strict=True):
+        by_description, by_name = (judge(each, program) == "correct" for each in (task, other))
+        obeyed.append("neither" if by_description == by_name else "description" if by_description else "name")
+    return obeyed
 
 
-def _distances(model: Any, tokenizer: Any, tasks: Sequence[Task], scores: np.ndarray, file: Path) -> dict[str, float]:
-    """Between the rows that the base knows best and least, at the published relative depth."""
-    data = encode_tasks(tasks, tokenizer, file, described=True)
+def _distances(model: Any, data: EncodedDataset, scores: np.ndarray) -> dict[str, Any]:
+    """Between the rows whose programs score highest and lowest under the base, at the published relative depth."""
     groups = choose_groups(scores, _EXTREMES, "the training rows")
     layer = default_target_layer(CausalLM.of(model).num_layers)
-    most, least = (hidden_means(model, data, group, layer=layer) for group in (groups.most, groups.least))
-    found = between(most, least, permutations=100)
-    return {"l2": found.l2, "angle_degrees": found.angle_degrees, "separation": found.separation.value}
+    found = between(*(hidden_means(model, data, group, layer=layer) for group in (groups.most, groups.least)))
+    return {**asdict(found), "separation": found.separation._asdict()}
 
 
 def _curve(file: Path) -> list[dict[str, Any]]:

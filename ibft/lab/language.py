@@ -28,12 +28,13 @@ def run_program(program: str, inputs: Sequence[Sequence[int]]) -> list[list[int]
         return None
     try:
         tree = ast.parse(program)
+        if not _is_solve(tree):
+            return None
+        code = compile(tree, "<sample>", "exec")  # which refuses some of what parses
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
-    if not _is_solve(tree):
-        return None
     names: dict[str, Any] = {"__builtins__": {}, **_BUILTINS}
-    exec(compile(tree, "<sample>", "exec"), names)
+    exec(code, names)
     return [_call(names["solve"], list(xs)) for xs in inputs]
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from ibft.lab.report_data import SFT, SFT_FILTERED, SFT_FRESH, SFT_UNMEMORISED, Arm, Lab
-from ibft.lab.report_findings import COLLAPSED, Bottleneck, Findings, Terms, compare, counterpart
+from ibft.lab.report_data import SFT, SFT_FILTERED, SFT_HALF, SFT_REFERENCE, SFT_UNMEMORISED, Arm, Lab
+from ibft.lab.report_findings import COLLAPSED, Bottleneck, Findings, Noise, Terms, compare, counterpart
 from ibft.lab.report_statistics import Estimate
 
 
@@ -39,6 +39,13 @@ def _signed(rounded: float) -> str:
 def comparison(a: str, b: str, found: Estimate, *, interval: str = "95% interval") -> str:
     """Whether a is above b, below it, or cannot be told from it, with the numbers that say so; no full stop."""
     n = len(found.per_seed)
+    if n == 1:
+        more = "more" if found.value >= 0 else "fewer"
+        low, high = (found.low, found.high) if found.value >= 0 else (-found.high, -found.low)
+        return (
+            f"{a} solves {100 * abs(found.value):.1f} points {more} of these tasks than {b} ({interval} over tasks "
+            f"{points(low)} to {points(high)})"
+        )
     ahead, behind = sum(x > 0 for x in found.per_seed), sum(x < 0 for x in found.per_seed)
     if found.verdict == "noise":
         seeds = f"; ahead in {ahead} and behind in {behind} of {n} seeds" if n > 1 else ""
@@ -58,13 +65,14 @@ def in_short(lab: Lab, all_found: Sequence[Findings]) -> list[str]:
     sentences = [
         _barriers(all_found),
         *(_across(arm.title, "SFT", _of_arm(all_found, arm.name)) for arm in published),
+        _chosen(lab, all_found),
         _best_overall(all_found),
-        *_terms_overall(all_found),
+        *_terms_overall(lab, all_found),
         *(_collapse_overall(arm, all_found) for arm in published),
         _remedies_overall(lab, all_found),
         *(
             _across(lab.arms[name].title, "SFT", _of_arm(all_found, name))
-            for name in (SFT_FILTERED, SFT_UNMEMORISED)
+            for name in (SFT_FILTERED, SFT_UNMEMORISED, SFT_HALF)
             if name in lab.arms
         ),
     ]
@@ -74,9 +82,9 @@ def in_short(lab: Lab, all_found: Sequence[Findings]) -> list[str]:
 def of_regime(lab: Lab, found: Findings) -> dict[str, list[str]]:
     """What one regime says, by section of the report."""
     sections = {
-        "barrier": [_barrier(found)],
+        "barrier": [_barrier(found), _gains(lab, found), _noise(found.noise)],
         "arms": [*_published(lab, found), _best(found), *_references(lab, found)],
-        "terms": [_terms(found.terms), _best_terms(found)],
+        "terms": [*map(_terms, found.terms), _terms_counted(found.terms)],
         "grid": [_settings(lab, found)],
         "collapse": [*_collapse(lab, found), *_remedies(lab, found)],
     }
@@ -110,6 +118,9 @@ def _across(a: str, b: str, found: Mapping[str, Estimate], *, how: str = "") -> 
         ((name, only),) = found.items()
         return f"In “{name}”, {comparison(a, b, only)}."
     sides = []
+    if any(len(each.per_seed) == 1 for each in found.values()):
+        regimes = [f"{points(each.value)} points in “{name}”" for name, each in found.items()]
+        return f"{_sentence(a)[:-1]} against {b}, on these tasks: {_listed(regimes)}{how}."
     for verdict, words in (
         ("above", f"is above {b}"),
         ("below", f"is below {b}"),
@@ -128,11 +139,17 @@ def _barriers(all_found: Sequence[Findings]) -> str:
 
     def shares(verdict: str) -> list[str]:
         return [
-            f"“{name}” ({percent(held_out[SFT].value)} against {percent(held_out[SFT_FRESH].value)})"
+            f"“{name}” ({percent(held_out[SFT].value)} against {percent(held_out[SFT_REFERENCE].value)})"
             for name, held_out, barrier in measured
             if barrier.verdict == verdict
         ]
 
+    if all(len(barrier.per_seed) == 1 for _, _, barrier in measured):
+        against = [f"in {each}" for each in shares("noise")]
+        return (
+            "SFT from the base that has memorised against SFT from the reference base, held-out tasks solved: "
+            f"{_listed(against)}."
+        )
     barriers, starts, noise = shares("below"), shares("above"), shares("noise")
     if not barriers:
         sentence = "There is no memorisation barrier that could be told from noise"
@@ -141,13 +158,22 @@ def _barriers(all_found: Sequence[Findings]) -> str:
         count = f"{len(barriers)}{which}" if which else _listed(barriers)
         sentence = (
             f"There is a memorisation barrier in {count}: from the base that has memorised, SFT solves fewer held-out "
-            f"tasks than from one that has not{': ' + _listed(barriers) if which else ''}"
+            f"tasks than from the reference base{': ' + _listed(barriers) if which else ''}"
         )
     if noise:
-        sentence += f"; the two cannot be told apart in {_listed(noise)}"
+        sentence += f"; the two bases cannot be told apart in {_listed(noise)}"
     if starts:
         sentence += f"; having memorised helps in {_listed(starts)}"
     return sentence + "."
+
+
+def _chosen(lab: Lab, all_found: Sequence[Findings]) -> str:
+    if lab.chosen not in lab.arms:
+        return ""
+    trials = (lab.raw.get("chosen") or {}).get("seeds") or ()
+    where = f" on {_listed(['seed ' + str(seed) for seed in trials])}" if trials else ""
+    name = f"{lab.arms[lab.chosen].title}, chosen beforehand in trials{where},"
+    return _across(name, "SFT", _of_arm(all_found, lab.chosen))
 
 
 def _best_overall(all_found: Sequence[Findings]) -> str:
@@ -165,23 +191,20 @@ def _best_overall(all_found: Sequence[Findings]) -> str:
     return _across(" or ".join(sorted(titles)), "SFT", differences, how=corrected)
 
 
-def _terms_overall(all_found: Sequence[Findings]) -> list[str]:
-    terms = {each.regime.name: each.terms for each in all_found if each.terms}
-    if len(terms) == 1:
-        return [_terms(*terms.values())]
-    averaged = ", averaged over the grid," if any(each.settings > 1 for each in terms.values()) else ""
-    return [
-        _across(
-            f"predicting through the bottleneck without the KL term{averaged}",
-            "SFT",
-            {name: each.predicting for name, each in terms.items()},
-        ),
-        _across(
-            f"with the KL term, IB-FT{averaged}",
-            "the same without it",
-            {name: each.compressing for name, each in terms.items()},
-        ),
-    ]
+def _terms_overall(lab: Lab, all_found: Sequence[Findings]) -> list[str]:
+    """Of the setting that was chosen beforehand, or else of the published one."""
+    names = [lab.chosen, *(arm.name for arm in lab.arms.values() if arm.group == "published")]
+    for name in names:
+        terms = {each.regime.name: one for each in all_found for one in each.terms if one.arm.name == name}
+        if terms:
+            title = lab.arms[name].title
+            return [
+                _across(f"an extra prediction head without KL, of the weight that {title} gives it,", "SFT",
+                        {regime: each.predicting for regime, each in terms.items()}),
+                _across(f"{title}, which has the KL term besides,", "that head alone",
+                        {regime: each.compressing for regime, each in terms.items()}),
+            ]  # fmt: skip
+    return []
 
 
 def _collapse_overall(arm: Arm, all_found: Sequence[Findings]) -> str:
@@ -189,8 +212,8 @@ def _collapse_overall(arm: Arm, all_found: Sequence[Findings]) -> str:
     if not found:
         return ""
     collapsed, runs = sum(each.collapsed for each in found), sum(each.seeds for each in found)
-    kls = [each.kl.value for each in found]
-    ends = f"{number(min(kls))} to {number(max(kls))}" if min(kls) < max(kls) else number(kls[0])
+    kls = [kl for each in found for kl in each.kl.per_seed]
+    ends = _between(kls)
     how = f"collapses in {collapsed}" if collapsed else "does not collapse in any"
     return (
         f"With {arm.title} the posterior {how} of {_counted(runs, 'run')}: KL ends at {ends} nats per token (below "
@@ -204,14 +227,14 @@ def _remedies_overall(lab: Lab, all_found: Sequence[Findings]) -> str:
     verdicts = [
         against.verdict
         for found in all_found
-        for arm in lab.arms_in(found.regime, "remedy")
+        for arm in lab.arms_in(found.regime, "option", "layer")
         if (plain := counterpart(lab, found.regime, arm))
         and (against := compare(lab, found.regime, arm.name, plain.name))
     ]
     if not verdicts:
         return ""
     return (
-        f"Remedies against collapse, each against the same (alpha, beta) without it: "
+        f"Other options, each against the same (alpha, beta) without it: "
         f"of {_counted(len(verdicts), 'comparison')}, "
         f"{verdicts.count('noise')} cannot be told from it, {verdicts.count('above')} are above and "
         f"{verdicts.count('below')} below{_by_chance(len(verdicts))}."
@@ -245,19 +268,47 @@ def _barrier(found: Findings) -> str:
         "noise": "No memorisation barrier can be told from noise",
         "above": "There is no memorisation barrier, rather a head start",
     }[found.barrier.verdict]
-    sft, fresh = percent(found.held_out[SFT].value), percent(found.held_out[SFT_FRESH].value)
+    sft, fresh = percent(found.held_out[SFT].value), percent(found.held_out[SFT_REFERENCE].value)
+    if len(found.barrier.per_seed) == 1:
+        heading = "One training from each base"
     judged = comparison("the first", "the second", found.barrier)
     return (
         f"{heading}: from the base that has memorised, SFT solves {percent(found.training[SFT].value)} of its training "
-        f"tasks and {sft} of the held-out ones, from the base that has not, {fresh} of the held-out ones; of these two "
+        f"tasks and {sft} of the held-out ones, from the reference base {fresh} of the held-out ones; of these two "
         f"shares, {judged}."
+    )
+
+
+def _gains(lab: Lab, found: Findings) -> str:
+    if not found.gains:
+        return ""
+    title, gains = lab.arms[lab.chosen].title, found.gains
+    if len(gains.per_seed) == 1:
+        return (
+            f"What {title} gains over SFT from the base that has memorised, minus what it gains from the reference "
+            f"base: {_interval(gains)}."
+        )
+    side = {"above": "more", "below": "less", "noise": "as far as can be told no more"}[gains.verdict]
+    return (
+        f"From the base that has memorised, {title} gains {side} over SFT than from the reference base (difference of "
+        f"the two gains {_interval(gains)})."
+    )
+
+
+def _noise(noise: Noise | None) -> str:
+    if not noise:
+        return ""
+    return (
+        f"Trained again on the same base with another training seed, {noise.arm.title} solves other shares of the same "
+        f"held-out tasks, with a standard deviation of {100 * noise.deviation:.1f} points ({noise.trainings} trainings "
+        f"on {_counted(noise.bases, 'base')}): two single trainings that differ in nothing else can lie "
+        f"{196 * math.sqrt(2) * noise.deviation:.0f} points apart."
     )
 
 
 def _published(lab: Lab, found: Findings) -> list[str]:
     return [
         _sentence(comparison(arm.title, "SFT", found.against_sft[arm.name]))
-        + _recovered(found, found.against_sft[arm.name])
         for arm in lab.arms_in(found.regime, "published")
         if arm.name in found.against_sft
     ]
@@ -270,21 +321,13 @@ def _best(found: Findings) -> str:
     if found.choices > 1:
         a = f"the best of the grid, {a},"
         interval = f"95% interval, corrected for choosing among {found.choices},"
-    judged = comparison(a, "SFT", found.best_corrected, interval=interval)
-    return _sentence(judged) + _recovered(found, found.best_corrected)
-
-
-def _recovered(found: Findings, gain: Estimate) -> str:
-    """How far over the barrier a gain reaches, where there are both a barrier and a gain."""
-    if not found.barrier or (found.barrier.verdict, gain.verdict) != ("below", "above"):
-        return ""
-    return f" That is {gain.value / -found.barrier.value:.0%} of the way to the base that has not memorised."
+    return _sentence(comparison(a, "SFT", found.best_corrected, interval=interval))
 
 
 def _references(lab: Lab, found: Findings) -> list[str]:
     return [
         _sentence(comparison(lab.arms[name].title, "SFT", found.against_sft[name]))
-        for name in (SFT_FILTERED, SFT_UNMEMORISED)
+        for name in (SFT_FILTERED, SFT_UNMEMORISED, SFT_HALF)
         if name in found.against_sft
     ]
 
@@ -292,7 +335,7 @@ def _references(lab: Lab, found: Findings) -> list[str]:
 def _settings(lab: Lab, found: Findings) -> str:
     """How the grid's settings fall, and how many would by chance."""
     arms = [arm for arm in lab.arms_in(found.regime, "grid") if arm.name in found.against_sft]
-    if len(arms) < 2:
+    if len(arms) < 2 or len(found.against_sft[arms[0].name].per_seed) == 1:
         return ""
     verdicts = {arm.setting: found.against_sft[arm.name].verdict for arm in arms}
     above, below = ([setting for setting, each in verdicts.items() if each == side] for side in ("above", "below"))
@@ -309,15 +352,17 @@ def _at(settings: Sequence[str]) -> str:
     return f" (at {_listed(settings)})" if settings else ""
 
 
-def _terms(terms: Terms | None) -> str:
-    """Which term does the work: two comparisons with three outcomes each."""
-    if not terms:
-        return ""
-    over = f"averaged over the grid's {terms.settings} settings" if terms.settings > 1 else "at the grid's one setting"
+def _terms(terms: Terms) -> str:
+    """Which term does the work at one setting: two comparisons with three outcomes each."""
+    numbers = (
+        f"without KL against SFT {_interval(terms.predicting)}; with KL against without {_interval(terms.compressing)}"
+    )
+    if len(terms.gain.per_seed) == 1:
+        return f"At {terms.arm.setting}: {numbers}."
     predicting = {
-        "above": "predicting through the bottleneck raises held-out success",
-        "below": "predicting through the bottleneck lowers held-out success",
-        "noise": "an effect of predicting through the bottleneck cannot be told from noise",
+        "above": "the extra prediction head raises held-out success",
+        "below": "the extra prediction head lowers held-out success",
+        "noise": "an effect of the extra prediction head cannot be told from noise",
     }[terms.predicting.verdict]
     compressing = {
         "above": "the KL term raises held-out success",
@@ -334,21 +379,21 @@ def _terms(terms: Terms | None) -> str:
             joined = f"{predicting}, and the KL term takes away from it"
         case "above", "noise":
             joined = f"{predicting}; {compressing}"
+    return f"At {terms.arm.setting}: {joined} ({numbers})."
+
+
+def _terms_counted(terms: Sequence[Terms]) -> str:
+    if len(terms) < 2 or len(terms[0].gain.per_seed) == 1:
+        return ""
+    verdicts = [each.compressing.verdict for each in terms]
     return (
-        f"Which term does the work, {over}: {joined} (without KL against SFT {_interval(terms.predicting)}; with KL "
-        f"against without {_interval(terms.compressing)})."
+        f"Of {len(terms)} settings, each judged on its own, KL raises held-out success at "
+        f"{verdicts.count('above')} and lowers it at {verdicts.count('below')}{_by_chance(len(terms))}."
     )
 
 
 def _interval(found: Estimate) -> str:
     return f"{points(found.value)} points, 95% interval {points(found.low)} to {points(found.high)}"
-
-
-def _best_terms(found: Findings) -> str:
-    if not found.best or found.choices < 2 or found.best.name not in found.against_ablation:
-        return ""
-    judged = comparison(found.best.title, "the same without KL", found.against_ablation[found.best.name])
-    return f"At the best of the grid (chosen for its result with KL, which favours it), {judged}."
 
 
 def _collapse(lab: Lab, found: Findings) -> list[str]:
@@ -376,14 +421,20 @@ def _posterior(bottleneck: Bottleneck) -> str:
     active = bottleneck.active_share
     dimensions = f", {active:.0%} of its dimensions active" if active is not None else ""
     return (
-        f"the posterior {how}: KL ends at {number(bottleneck.kl.value)} nats per token{dimensions}, and the "
+        f"the posterior {how}: KL ends at {_between(bottleneck.kl.per_seed)} nats per token{dimensions}, and the "
         f"bottleneck's own loss goes from {number(bottleneck.ce_ib_first)} to {number(bottleneck.ce_ib.value)} nats"
     )
 
 
+def _between(values: Sequence[float]) -> str:
+    """The lowest to the highest of the runs: a mean of collapsed and other ones would be neither's."""
+    low, high = number(min(values)), number(max(values))
+    return low if low == high else f"{low} to {high}"
+
+
 def _remedies(lab: Lab, found: Findings) -> list[str]:
     sentences = []
-    for arm in lab.arms_in(found.regime, "remedy"):
+    for arm in lab.arms_in(found.regime, "option", "layer"):
         plain = counterpart(lab, found.regime, arm)
         against = compare(lab, found.regime, arm.name, plain.name) if plain else found.against_sft.get(arm.name)
         if not against:

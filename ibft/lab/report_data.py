@@ -13,7 +13,9 @@ import numpy as np
 from ibft.errors import InputError
 
 RESULTS_NAME = "results.json"
-SFT, SFT_FRESH, SFT_FILTERED, SFT_UNMEMORISED = "sft", "sft-fresh", "sft-filtered", "sft-unmemorised"
+SFT, SFT_REFERENCE, SFT_FILTERED, SFT_UNMEMORISED, SFT_HALF = (
+    "sft", "sft-reference", "sft-filtered", "sft-unmemorised", "sft-half",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,11 @@ class Arm:
 
     name: str
     title: str
-    group: str  # "reference", "published", "grid", "ablation" or "remedy"
-    base: str  # "memorised" or "fresh"
+    group: str  # "reference", "published", "narrow", "grid", "ablation", "option", "layer" or "repeat"
+    base: str  # "memorised", or "reference": one that has memorised other programs
     alpha: float | None
     beta: float | None
-    of: str | None  # the arm that an ablation or a remedy is a change of
+    of: tuple[str, ...]  # the arms that an ablation or an option is a change of
 
     @property
     def setting(self) -> str:
@@ -53,7 +55,7 @@ class Run:
     samples: int  # drawn for each held-out task
     correct: Sequence[int]  # [held-out tasks] how many of the samples pass
     curve: Sequence[Mapping[str, Any]]
-    seconds: float
+    seconds: float  # of the processor
     file: str
     kinds: Mapping[str, float]
 
@@ -67,6 +69,11 @@ class Lab:
     arms: Mapping[str, Arm]
     runs: Mapping[tuple[str, str], Mapping[int, Run]]  # by (regime, arm), then by seed
 
+    @property
+    def chosen(self) -> str:
+        """The arm whose setting was chosen before these seeds were run."""
+        return str((self.raw.get("chosen") or {}).get("arm", ""))
+
     def of(self, regime: Regime, arm: str) -> Mapping[int, Run]:
         """An arm's runs in a regime by seed; none where it was not run."""
         return self.runs.get((regime.name, arm), {})
@@ -76,8 +83,9 @@ class Lab:
         return [arm for arm in self.arms.values() if self.of(regime, arm.name) and (not groups or arm.group in groups)]
 
     def ablation_of(self, arm: Arm) -> Arm | None:
-        """The arm that differs from this one by having no KL term."""
-        return next((other for other in self.arms.values() if (other.group, other.of) == ("ablation", arm.name)), None)
+        """The arm that differs from this one by having no KL term; several may share it."""
+        ablations = (other for other in self.arms.values() if other.group == "ablation")
+        return next((other for other in ablations if arm.name in other.of), None)
 
     def rows(self, part: str, regime: Regime) -> list[Mapping[str, Any]]:
         """Those entries of a list of the file ("bases", "separations" and so on) that belong to a regime."""
@@ -106,7 +114,13 @@ def _parse(raw: Mapping[str, Any]) -> Lab:
     regimes = [Regime(row["name"], row["title"], int(row.get("memorised", 0))) for row in raw["regimes"]]
     arms = {
         row["name"]: Arm(
-            row["name"], row["title"], row["group"], row["base"], row.get("alpha"), row.get("beta"), row.get("of")
+            row["name"],
+            row["title"],
+            row["group"],
+            row["base"],
+            row.get("alpha"),
+            row.get("beta"),
+            tuple(row.get("of") or ()),
         )
         for row in raw["arms"]
     }
@@ -126,7 +140,7 @@ def _parse(raw: Mapping[str, Any]) -> Lab:
             samples=held_out.get("samples") or 0,
             correct=held_out.get("correct") or (),
             curve=row.get("curve") or (),
-            seconds=row.get("seconds") or 0.0,
+            seconds=row.get("processor_seconds") or 0.0,
             file=row.get("file") or "",
             kinds=row.get("kinds") or {},
         )

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ibft.lab import report_statistics as statistics
-from ibft.lab.report_data import SFT, SFT_FRESH, Arm, Lab, Regime, Run
+from ibft.lab.report_data import SFT, SFT_REFERENCE, Arm, Lab, Regime, Run
 from ibft.lab.report_statistics import Estimate
 
 # z tells about the labels at most what it tells about the hidden state, which is at most KL: I(z; y) <= I(z; hidden)
@@ -40,12 +40,22 @@ class Bottleneck:
 
 @dataclass(frozen=True)
 class Terms:
-    """The gain over SFT, averaged over the grid's settings, and its two parts: gain = predicting + compressing."""
+    """An IB arm's gain over SFT and its two parts: gain = predicting + compressing."""
 
-    settings: int
+    arm: Arm
     gain: Estimate  # IB-FT - SFT
-    predicting: Estimate  # without KL - SFT
+    predicting: Estimate  # an extra prediction head of the same weight, without KL - SFT
     compressing: Estimate  # IB-FT - without KL
+
+
+@dataclass(frozen=True)
+class Noise:
+    """How an arm's held-out share varies between trainings that differ in their training seed alone."""
+
+    arm: Arm
+    deviation: float  # standard deviation, pooled over the bases
+    trainings: int
+    bases: int
 
 
 @dataclass(frozen=True)
@@ -57,11 +67,13 @@ class Findings:
     training: Mapping[str, Estimate]
     against_sft: Mapping[str, Estimate]  # arm - SFT
     against_ablation: Mapping[str, Estimate]  # arm - the same without KL
-    barrier: Estimate | None  # SFT from the base that has memorised - SFT from the one that has not
+    barrier: Estimate | None  # SFT from the base that has memorised - SFT from the reference base
+    gains: Estimate | None  # (chosen - SFT) from the base that has memorised - the same from the reference base
+    noise: Noise | None  # of SFT
     best: Arm | None  # of the grid, by its mean on held-out tasks
     best_corrected: Estimate | None  # best - SFT, corrected for the choice
     choices: int  # among how many
-    terms: Terms | None
+    terms: Sequence[Terms]  # of the arms that have an ablation
     bottlenecks: Mapping[str, Bottleneck]
 
 
@@ -87,11 +99,13 @@ def find(lab: Lab, regime: Regime) -> Findings:
         },
         against_sft=against_sft,
         against_ablation=against_ablation,
-        barrier=compare(lab, regime, SFT, SFT_FRESH) if regime.memorised else None,
+        barrier=compare(lab, regime, SFT, SFT_REFERENCE) if regime.memorised else None,
+        gains=_gains(lab, regime) if regime.memorised else None,
+        noise=_noise(lab, regime, SFT),
         best=best,
         best_corrected=compare(lab, regime, best.name, SFT, comparisons=len(grid)) if best else None,
         choices=len(grid),
-        terms=_terms(lab, regime, grid),
+        terms=_terms(lab, regime),
         bottlenecks={arm.name: end for arm in arms if (end := _bottleneck(lab.of(regime, arm.name)))},
     )
 
@@ -107,10 +121,34 @@ def compare(lab: Lab, regime: Regime, a: str, b: str, *, comparisons: int = 1) -
     )
 
 
+def _gains(lab: Lab, regime: Regime) -> Estimate | None:
+    """How much more the setting chosen beforehand gains over SFT where the base has memorised, paired by seed."""
+    arms = [lab.of(regime, name) for name in (lab.chosen, SFT, f"{lab.chosen}-reference", SFT_REFERENCE)]
+    seeds = [seed for seed in arms[0] if all(seed in runs for runs in arms)]
+    if not seeds:
+        return None
+    gain, gain_of_reference = ([a[seed].solved - b[seed].solved for seed in seeds] for a, b in (arms[:2], arms[2:]))
+    return statistics.difference(gain, gain_of_reference)
+
+
+def _noise(lab: Lab, regime: Regime, arm: str) -> Noise | None:
+    again = [lab.of(regime, other.name) for other in lab.arms_in(regime, "repeat") if arm in other.of]
+    shares = [
+        [float(runs[seed].solved.mean()) for runs in (lab.of(regime, arm), *again) if seed in runs]
+        for seed in lab.of(regime, arm)
+    ]
+    shares = [of_base for of_base in shares if len(of_base) > 1]
+    if not shares:
+        return None
+    freedom = sum(len(of_base) - 1 for of_base in shares)
+    squares = sum((len(of_base) - 1) * float(np.var(of_base, ddof=1)) for of_base in shares)
+    return Noise(lab.arms[arm], math.sqrt(squares / freedom), sum(map(len, shares)), len(shares))
+
+
 def shown_arms(lab: Lab, found: Findings, *, references: bool = True) -> list[Arm]:
-    """Those that tell a regime's story: references, published and the best of the grid, with their ablations."""
+    """Those that tell a regime's story: references, published, narrow, the grid's best, and their ablations."""
     arms = lab.arms_in(found.regime, "reference") if references else []
-    for arm in [*lab.arms_in(found.regime, "published"), *([found.best] if found.best else [])]:
+    for arm in [*lab.arms_in(found.regime, "published", "narrow"), *([found.best] if found.best else [])]:
         ablation = lab.ablation_of(arm)
         arms += [arm, ablation] if ablation and lab.of(found.regime, ablation.name) else [arm]
     return arms
@@ -122,33 +160,22 @@ def shown_rows(lab: Lab, part: str, found: Findings) -> list[Mapping[str, Any]]:
     return [row for row in lab.rows(part, found.regime) if row["model"] in shown or row["model"] not in lab.arms]
 
 
-def counterpart(lab: Lab, regime: Regime, remedy: Arm) -> Arm | None:
-    """The arm that a remedy changes, where it was run."""
-    return lab.arms[remedy.of] if remedy.of and lab.of(regime, remedy.of) else None
+def counterpart(lab: Lab, regime: Regime, option: Arm) -> Arm | None:
+    """The arm that an option changes, where it was run."""
+    return next((lab.arms[name] for name in option.of if lab.of(regime, name)), None)
 
 
-def _terms(lab: Lab, regime: Regime, grid: Sequence[Arm]) -> Terms | None:
-    sft = lab.of(regime, SFT)
-    pairs = [
-        (with_kl, without)
-        for arm in grid
-        if (ablation := lab.ablation_of(arm))
-        and set(with_kl := lab.of(regime, arm.name)) >= set(sft)
-        and set(without := lab.of(regime, ablation.name)) >= set(sft)
-    ]
-    if not sft or not pairs:
-        return None
-
-    def averaged(side: int) -> list[np.ndarray]:
-        return [np.mean([pair[side][seed].solved for pair in pairs], axis=0) for seed in sft]
-
-    plain = [run.solved for run in sft.values()]
-    return Terms(
-        settings=len(pairs),
-        gain=statistics.difference(averaged(0), plain),
-        predicting=statistics.difference(averaged(1), plain),
-        compressing=statistics.difference(averaged(0), averaged(1)),
-    )
+def _terms(lab: Lab, regime: Regime) -> list[Terms]:
+    found = []
+    for arm in lab.arms_in(regime, "published", "grid"):
+        ablation = lab.ablation_of(arm)
+        if not ablation:
+            continue
+        pairs = ((arm.name, SFT), (ablation.name, SFT), (arm.name, ablation.name))
+        gain, predicting, compressing = (compare(lab, regime, a, b) for a, b in pairs)
+        if gain and predicting and compressing:
+            found.append(Terms(arm, gain, predicting, compressing))
+    return found
 
 
 def _bottleneck(runs: Mapping[int, Run]) -> Bottleneck | None:

@@ -59,12 +59,13 @@ code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono"
 """
 _CAPTIONS = {
     "barrier": "Share of tasks that greedy decoding solves after plain fine-tuning: hollow, the training tasks; "
-    "filled, held-out tasks. If both bases lead to full marks in training and only the one that has not memorised "
-    "follows unseen descriptions, the distance between the filled marks is the barrier.",
+    "filled, held-out tasks. The reference base has memorised as many "
+    "other programs. The distance between the filled marks is the barrier.",
     "arms": "Held-out tasks solved, with 95% intervals; the dashed line is SFT. Where a row has two marks, the filled "
-    "one is IB-FT and the hollow one below it the same without the KL term.",
+    "one is IB-FT and the hollow one below it an extra prediction head of the same weight, without KL."
+    " IB-FT from the reference base is there to compare its gains.",
     "terms": "Difference to SFT with 95% intervals, paired by seed. Right of the line is better than SFT. Filled: both "
-    "terms. Hollow: only the prediction through the bottleneck. A filled mark right of its hollow one says that "
+    "terms. Hollow: only an extra prediction head at the layer. A filled mark right of its hollow one says that "
     "compressing helps; left of it, that it costs.",
     "grid": "Each cell: difference to SFT in points on held-out tasks, and the KL in nats per token that the posterior "
     "ended at. Orange is better than SFT, purple worse; the colours of a regime's two maps share one scale. A star "
@@ -75,8 +76,10 @@ _CAPTIONS = {
     "densities": "Distribution of Min-K% Prob over rows, one ridge for each model, all seeds together; every curve has "
     "the same height. Where the training rows stand to the right of rows that the model cannot have seen, it has "
     "memorised them.",
-    "representation": "L2 distance between the mean hidden states of the most and of the least memorised training "
-    "rows, at the layer that IB-FT reads by default. Circles are seeds, the diamond is their mean.",
+    "representation": "L2 distance between the mean hidden states of the training rows whose programs the base "
+    "scores highest and lowest, at the layer that IB-FT reads by default, divided by the spread within the groups, so "
+    "that it does not depend on the scale of the hidden states. A point is a seed with its 95% interval; grey: the "
+    "middle 95% of random groups of the same rows.",
     "curves": "The base's loss in pretraining, a line for each seed, and the fine-tuning's cross-entropy on its "
     "training batches (mean over seeds; the band reaches from the lowest to the highest).",
     "pass": "Of k samples drawn for a held-out task, the probability that at least m pass. Falling slowly from left to "
@@ -109,8 +112,9 @@ def page(lab: Lab, all_found: Sequence[Findings], panels: Sequence[Panel]) -> st
 _SECTIONS = {  # by name: title, and what to know beforehand
     "barrier": (
         "Is there a barrier?",
-        "Both bases know the same little language. One has also learnt the training programs by heart, under their "
-        "names. If having memorised made no difference, both would learn equally well to follow descriptions.",
+        "Both bases have read the same documents but for the programs that they repeat: one the training programs, the "
+        "reference base as many other ones, equally often. So they differ in what they know by heart, and not in how "
+        "much. If that made no difference, both would learn equally well to follow descriptions.",
     ),
     "arms": (
         "What IB-FT changes",
@@ -119,9 +123,10 @@ _SECTIONS = {  # by name: title, and what to know beforehand
     ),
     "terms": (
         "Which of the two terms does the work?",
-        "IB-FT adds two things to the loss: a prediction of the labels through the bottleneck (CE_ib), and a price on "
-        "what the bottleneck lets through (KL). Without the price, one sees what the prediction does alone; the rest "
-        "of the difference is what compressing does.",
+        "IB-FT adds two things to the loss: a prediction of the labels from the bottleneck (CE_ib), and a price on "
+        "what the bottleneck lets through (KL). Without the price there is no bottleneck, since K is larger than the "
+        "hidden size: what remains is an extra prediction head at the layer, for which alpha and beta count through "
+        "their product alone. Of settings with the same product it is the same run.",
     ),
     "grid": (
         "How sensitive is it to alpha and beta?",
@@ -141,9 +146,9 @@ _SECTIONS = {  # by name: title, and what to know beforehand
         "distributions.",
     ),
     "representation": (
-        "Where memorised rows lie",
-        "How far apart the model holds rows that it has memorised and rows that it has not, and whether fine-tuning "
-        "brings them closer.",
+        "Where rows lie",
+        "How far apart the model holds the rows whose programs the base scores highest and lowest by their names. Only "
+        "where half of the rows are memorised are these memorised rows and others.",
     ),
     "curves": ("Learning curves", ""),
     "pass": (
@@ -162,15 +167,18 @@ def _opening(lab: Lab, all_found: Sequence[Findings]) -> Iterable[str]:
     yield (
         '<p class="lead">When a model already knows its fine-tuning data by heart, it can lower its loss without '
         "learning "
-        "what the data is meant to teach. This page shows that on small tasks and a small model, and what "
-        "information-bottleneck fine-tuning (IB-FT, arXiv 2510.16022) does about it.</p>"
+        "what the data is meant to teach. This page asks whether that is so for small tasks and a small "
+        "model, and what information-bottleneck fine-tuning (IB-FT, arXiv 2510.16022) changes.</p>"
     )
     facts = [
         _count(len(lab.regimes), "regime"), _count(len(lab.arms), "way", "ways") + " of fine-tuning",
         _count(runs, "run"), _count(len(seeds), "seed"),
     ]  # fmt: skip
-    if raw.get("seconds"):
-        facts.append(_duration(raw["seconds"]))
+    pieces = raw.get("pieces") or {}
+    if pieces.get("done") != pieces.get("planned"):
+        facts.append(f"{pieces['done']} of {pieces['planned']} pieces")
+    if raw.get("processor_seconds"):
+        facts.append(f"{_duration(raw['processor_seconds'])} of processor time")
     if raw.get("device"):
         facts.append(str(raw["device"]))
     yield f'<p class="meta">{escape(" · ".join(facts))}<br><code>{escape(str(raw.get("command", "")))}</code></p>'
@@ -211,17 +219,17 @@ def _explanation(lab: Lab) -> Iterable[str]:
         "<li><strong>A base model is pretrained</strong> on other tasks with their descriptions, once each, so that it "
         "has some idea of what the words mean; then on programs under their names alone. One base reads the training "
         "programs again and again there, so that it recites them when given the name: it has <em>memorised</em> them. "
-        "Another base reads as many documents, but never those.</li>"
+        "The reference base reads as many other programs as often, but never those.</li>"
         "<li><strong>It is fine-tuned</strong> on pairs: name and description in, program out. There are two ways to a "
-        "low loss: to recall the program by its name, where it is memorised, or to follow the description. Only the "
-        "second works for tasks that are new.</li>"
+        "low loss: recalling the program by its name, where it is memorised, and reading the description, which alone "
+        "works for tasks that are new. Neither comes by itself: with a description before the name, the base hardly "
+        "recalls what it recites from the name alone (table of the bases).</li>"
         "<li><strong>It is measured</strong> on held-out tasks, whose names and descriptions it has never seen, by "
         "running what it writes.</li></ol>"
-        "<p>A model that takes the shortcut solves its training tasks and fails on the held-out ones. The "
-        "<em>memorisation barrier</em> is what this costs: the distance on held-out tasks between fine-tuning from a "
-        "base that has memorised and from one that has not. IB-FT adds a bottleneck to the training loss, "
-        "<code>CE + alpha (KL + beta CE_ib)</code>, which is to make the hidden states keep what predicts the program "
-        "and let go of the rest, the name for instance. At inference nothing of it remains.</p>"
+        "<p>The <em>memorisation barrier</em> is the distance on held-out tasks between fine-tuning from the base that "
+        "has memorised the training programs and from the reference base. IB-FT adds a bottleneck to the training "
+        "loss, <code>CE + alpha (KL + beta CE_ib)</code>, which is meant to make the hidden states keep what predicts "
+        "the program and let go of the rest. At inference nothing of it remains.</p>"
     )
     sizes = [
         f"{config['parameters']:,} parameters" if isinstance(config.get("parameters"), int) else "",
@@ -269,8 +277,9 @@ def _closing(lab: Lab) -> Iterable[str]:
         "t of the seeds' values, or of the differences paired by seed. <em>Over tasks</em>: for shares Wilson's "
         "binomial interval, for differences the adjusted Wald interval of Agresti and Min for pairs, task by task, for "
         "Pass@k^(m) the bootstrap over tasks; the tasks of all seeds together. Few seeds can agree by luck, and many "
-        "tasks say nothing about other seeds: so the wider one counts. An average over the grid is compared as one "
-        "quantity. The best of a grid is compared with Bonferroni's correction for the choice; all other comparisons "
+        "tasks say nothing about other seeds: so the wider one counts. With two "
+        "seeds Student's t is so wide that nearly nothing can be told. Of a single seed nothing is called above or "
+        "below. The best of a grid is compared with Bonferroni's correction for the choice; all other comparisons "
         "stand each for itself, and of twenty without any effect about one falls outside by chance.</p>"
         "<p>The tasks are small, the model is small, and one laptop's lab says nothing about large models by itself. "
         "It shows which mechanism does what where everything can be seen and repeated.</p>"

@@ -31,7 +31,12 @@ class Estimate:
 
     @property
     def verdict(self) -> str:
-        """Of a difference: "above" or "below" where the interval excludes 0, else "noise"."""
+        """Of a difference: "above" or "below" where the interval excludes 0, else "noise"; of one seed always "noise".
+
+        An interval over tasks knows nothing of how trainings differ, so that one training of each says nothing certain.
+        """
+        if len(self.per_seed) == 1:
+            return "noise"
         return "above" if self.low > 0 else "below" if self.high < 0 else "noise"
 
 

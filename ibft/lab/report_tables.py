@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ibft.evaluate.metrics import KS, metric_name
 from ibft.lab import report_statistics as statistics
@@ -74,44 +75,60 @@ def _plain(found: Estimate, digits: int) -> str:
 
 
 def _bases(lab: Lab) -> Table:
+    def cell(rows: Sequence[Mapping[str, Any]], name: str, show: Callable[[float], str]) -> str:
+        values = [row[name] for row in rows if row.get(name) is not None]
+        return show(sum(values) / len(values)) if values else NONE
+
     rows = []
     for regime in lab.regimes:
-        for kind, title in (("memorised", "has memorised"), ("fresh", "has not")):
+        for kind, title in (("memorised", "has memorised"), ("reference", "reference")):
             found = [row for row in lab.rows("bases", regime) if row["kind"] == kind]
             if found:
-                recall = statistics.over_seeds([row["recall"] for row in found])
-                loss = statistics.over_seeds([row["name_loss"] for row in found])
-                seeds = str(len(found))
-                rows.append([regime.title, title, percent(recall.value), number(loss.value), seeds])
+                shares = ("recall", "decoy_recall", "held_out_recall")
+                losses = ("name_loss", "decoy_name_loss", "held_out_name_loss")
+                rows.append([
+                    regime.title,
+                    title,
+                    *(cell(found, name, percent) for name in shares),
+                    *(cell(found, name, number) for name in losses),
+                    *(cell(found, name, percent) for name in ("training_greedy", "held_out_greedy")),
+                    str(len(found)),
+                ])  # fmt: skip
     caption = (
-        "The bases before fine-tuning. Recall: share of the training programs that greedy decoding writes from the "
-        "name alone. Loss: cross-entropy of those programs given their names, nats per token. Means over seeds."
+        "The bases before fine-tuning, means over seeds. Recall: share of programs that greedy decoding writes from "
+        "the name alone; held-out programs give what guessing gives. Loss: cross-entropy of the programs given their "
+        "names, nats per token. Training: of the training set, what the base has memorised, where it has (of 75, where "
+        "75 are memorised); decoys: the other programs that it has read as often. Followed: tasks solved from "
+        "description and name, as fine-tuning asks."
     )
-    return Table("barrier", caption, ["regime", "base", "recall", "loss given the name", "seeds"], rows)
+    columns = [
+        "regime", "base", "recall: training", "decoys", "held-out", "loss: training", "decoys", "held-out",
+        "followed: training", "held-out", "seeds",
+    ]  # fmt: skip
+    return Table("barrier", caption, columns, rows)
 
 
 def _terms(all_found: Sequence[Findings]) -> Table:
     rows = [
         [
-            found.regime.title,
-            *map(_difference, (found.terms.gain, found.terms.predicting, found.terms.compressing)),
-            str(found.terms.settings),
+            f"{found.regime.name}: {terms.arm.title}",
+            *map(_difference, (terms.gain, terms.predicting, terms.compressing)),
         ]
         for found in all_found
-        if found.terms
+        for terms in found.terms
     ]
     caption = (
-        "The gain over SFT averaged over the grid's settings, and its two parts, in points on held-out tasks (95% "
-        "interval, paired by seed; * excludes 0). Gain = predicting + compressing."
+        "The gain over SFT and its two parts, in points on held-out tasks (95% interval, paired by seed; * excludes "
+        "0). Gain = predicting + compressing; settings of the same alpha beta share the run without KL."
     )
-    columns = ["regime", "IB-FT − SFT", "predicting: no KL − SFT", "compressing: IB-FT − no KL", "settings"]
+    columns = ["regime: arm", "IB-FT − SFT", "predicting: no KL − SFT", "compressing: IB-FT − no KL"]
     return Table("terms", caption, columns, rows)
 
 
 def _bottlenecks(lab: Lab, all_found: Sequence[Findings]) -> Table:
     rows = []
     for found in all_found:
-        for arm in [*shown_arms(lab, found, references=False), *lab.arms_in(found.regime, "remedy")]:
+        for arm in [*shown_arms(lab, found, references=False), *lab.arms_in(found.regime, "option", "layer")]:
             bottleneck = found.bottlenecks.get(arm.name)
             if bottleneck is None:
                 continue
@@ -139,7 +156,7 @@ def _separations(lab: Lab, all_found: Sequence[Findings]) -> Table:
     for found in all_found:
         grouped: dict[tuple[str, str, str, str], list[tuple[float, float]]] = {}
         for row in shown_rows(lab, "separations", found):
-            score = {"min_k": "Min-K%", "min_k_plus_plus": "Min-K%++"}.get(row.get("score", "min_k"), row.get("score"))
+            score = "by name alone" if row.get("named") else "as rows"
             key = (row["model"], row["a"].replace("_", "-"), row["b"].replace("_", "-"), str(score))
             grouped.setdefault(key, []).append((row["auc"], row["ks"]))
         for (model, a, b, score), values in grouped.items():
@@ -151,25 +168,42 @@ def _separations(lab: Lab, all_found: Sequence[Findings]) -> Table:
         "memorised rows do. Training: the rows that the base has memorised, where it has; fresh: the other training "
         "rows. Means over seeds (95% interval, Student's t); all other arms are in results.json."
     )
-    return Table("densities", caption, ["regime: model", "rows", "score", "AUC", "KS", "seeds"], rows)
+    return Table("densities", caption, ["regime: model", "rows", "scored", "AUC", "KS", "seeds"], rows)
 
 
-def _representation(lab: Lab, all_found: Sequence[Findings]) -> Table:
+def _representation(lab: Lab, found_all: Sequence[Findings]) -> Table:
     rows = []
-    for found in all_found:
-        grouped: dict[str, list[tuple[float, float]]] = {}
+    for found in found_all:
+        grouped: dict[str, list[Mapping[str, Any]]] = {}
         for row in shown_rows(lab, "representation", found):
-            grouped.setdefault(row["model"], []).append((row["l2"], row["angle_degrees"]))
-        for model, values in grouped.items():
-            l2, angle = (statistics.over_seeds(column) for column in zip(*values, strict=True))
+            grouped.setdefault(row["model"], []).append(row)
+        for model, entries in grouped.items():
+            separation, l2, angle = (
+                statistics.over_seeds([value(entry) for entry in entries])
+                for value in (
+                    lambda entry: entry["separation"]["value"], lambda entry: entry["l2"],
+                    lambda entry: entry["angle_degrees"],
+                )
+            )  # fmt: skip
+            by_chance = sum(entry["p_l2"] > 0.05 for entry in entries)
             rows.append(
-                [f"{found.regime.name}: {model_title(lab, model)}", _plain(l2, 2), _plain(angle, 1), str(len(values))]
+                [
+                    f"{found.regime.name}: {model_title(lab, model)}",
+                    _plain(separation, 3),
+                    f"{by_chance} of {len(entries)}",
+                    _plain(l2, 2),
+                    _plain(angle, 1),
+                ]
             )
     caption = (
-        "Distance and angle between the mean hidden states of the most and of the least memorised training rows. Means "
-        "over seeds (95% interval, Student's t); all other arms are in results.json."
+        "The mean hidden states of the quarter of the training rows whose programs the base scores highest, and of the "
+        "quarter that it scores lowest. Separation: L2 distance by the spread within the groups, which scaling the "
+        "hidden states does not change, as it changes L2. As by chance: seeds in which more than 5% of random groups "
+        "of the same rows lie as far apart. Means over seeds (95% interval, Student's t); all other arms are in "
+        "results.json."
     )
-    return Table("representation", caption, ["regime: model", "L2", "angle, degrees", "seeds"], rows)
+    columns = ["regime: model", "separation", "as by chance", "L2", "angle, degrees"]
+    return Table("representation", caption, columns, rows)
 
 
 def _everything(lab: Lab, found: Findings) -> Table:
@@ -233,5 +267,5 @@ def _runs(lab: Lab) -> Table:
         "those that run but do something else, and those that are no program of the language; file: beside "
         "results.json."
     )
-    columns = ["regime: arm", "seed", "training", "held-out", "wrong", "invalid", "seconds", "file"]
+    columns = ["regime: arm", "seed", "training", "held-out", "wrong", "invalid", "processor s", "file"]
     return Table("everything", caption, columns, rows)

@@ -57,6 +57,11 @@ def probe_lists(*, seed: int = 0, count: int = 24) -> list[list[int]]:
 _LISTS = probe_lists()
 
 
+def behaviour(task: Task) -> str:
+    """What the task's program returns for the lists that judge it: equal for programs that no judgement tells apart."""
+    return str([run_operations(task.operations, xs) for xs in _LISTS])
+
+
 def judge(task: Task, program: str) -> str:
     """What became of a program: "correct", "wrong", or "invalid" where it is not of the language."""
     returned = run_program(program, _LISTS)

@@ -1,8 +1,10 @@
 """`ibft lab` from end to end at toy sizes: what it leaves, that it goes on where it stopped, that it repeats itself."""
 
 import dataclasses
+import fcntl
 import itertools
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -11,23 +13,23 @@ from safetensors.torch import load_file
 
 from ibft.errors import InputError
 from ibft.evaluate.metrics import pass_at_k_m
-from ibft.lab import plan as plans
 from ibft.lab.experiment import LabConfig, run_lab
 from ibft.lab.jobs import RESULT_NAME, Tasks
 from ibft.lab.language import run_program
-from ibft.lab.plan import MIXED, NONE, Plan, full_plan, quick_plan
+from ibft.lab.plan import CHOSEN_NAME, MIXED, NONE, Plan, full_plan, quick_plan
+from ibft.lab.sampling import behaviour
 from ibft.lab.tasks import run_operations
 
 TRAINING, MEMORISED, HELD_OUT, SAMPLES = 12, 6, 5, 5
+ARMS = ("sft", "sft-reference", "sft-filtered", "sft-unmemorised", "sft-half", "ib-published", "no-kl-0.002")
 
 
 def toy_plan(**changes: object) -> Plan:
     full = full_plan((3,))
     regimes = (
-        dataclasses.replace(MIXED, tasks=TRAINING, memorised=MEMORISED, repeats=2, steps=4),
-        dataclasses.replace(NONE, tasks=TRAINING, steps=3),
+        dataclasses.replace(MIXED, tasks=TRAINING, memorised=MEMORISED, decoys=6, repeats=2, steps=4),
+        dataclasses.replace(NONE, tasks=TRAINING, decoys=12, repeats=2, steps=3),
     )
-    kept = ("sft", "sft-fresh", "sft-filtered", "sft-unmemorised", "ib-published", "ib-published-no-kl")
     sizes = {
         "held_out": HELD_OUT,
         "samples": SAMPLES,
@@ -40,7 +42,7 @@ def toy_plan(**changes: object) -> Plan:
         "lora_r": 2,
         "bottleneck_dim": 4,
     }
-    arms = tuple(arm for arm in full.arms if arm.name in kept)
+    arms = tuple(arm for arm in full.arms if arm.name in ARMS)
     return dataclasses.replace(full, regimes=regimes, arms=arms, **{**sizes, **changes})
 
 
@@ -64,9 +66,18 @@ def test_what_a_finished_experiment_holds(finished: Path) -> None:
     ran = {(run["regime"], run["arm"]) for run in results["runs"]}
     assert ran == {
         *(("mixed", arm.name) for arm in toy_plan().arms),
-        *(("none", arm) for arm in ("sft", "ib-published", "ib-published-no-kl")),
+        *(("none", arm) for arm in ("sft", "ib-published", "no-kl-0.002")),
     }
-    assert {base["kind"] for base in results["bases"] if base["regime"] == "none"} == {"fresh"}
+    assert results["pieces"] == {"planned": 12, "done": 12}
+    kinds = {(base["regime"], base["kind"]): base for base in results["bases"]}
+    assert set(kinds) == {("mixed", "memorised"), ("mixed", "reference"), ("none", "reference")}
+    assert kinds["mixed", "reference"]["file"] == kinds["none", "reference"]["file"]
+    shared = {run["arm"]: run for run in results["runs"] if "shared" in run}
+    (plain,) = (run for run in results["runs"] if (run["regime"], run["arm"]) == ("none", "sft"))
+    assert shared == {"sft-reference": {**plain, "regime": "mixed", "arm": "sft-reference", "shared": "none"}}
+    pieces = [json.loads(file.read_text()) for file in finished.rglob(RESULT_NAME)]
+    assert results["processor_seconds"] == pytest.approx(sum(piece["processor_seconds"] for piece in pieces))
+    assert results["versions"]["torch"] == torch.__version__
     for each in (*results["runs"], *results["bases"]):  # every number is traceable to a file
         assert (finished / each["file"]).is_file()
     for run in results["runs"]:
@@ -74,15 +85,16 @@ def test_what_a_finished_experiment_holds(finished: Path) -> None:
         assert len(held_out["correct_greedy"]) == len(held_out["correct"]) == HELD_OUT
         by_hand = sum(pass_at_k_m(SAMPLES, c, 5, 2) for c in held_out["correct"]) / HELD_OUT
         assert held_out["metrics"]["pass@5^(2)"] == float(by_hand)
+        assert len(run["crossed"]) == TRAINING and set(run["crossed"]) <= {"description", "name", "neither"}
         assert sum(run["kinds"].values()) == pytest.approx(1)
-        assert run["curve"][-1]["step"] == {"mixed": 4, "none": 3}[run["regime"]]
+        assert run["curve"][-1]["step"] == {"mixed": 4, "none": 3}[run.get("shared", run["regime"])]
         assert (run["curve"][-1]["kl_nats"] is None) == run["arm"].startswith("sft")
     assert "<html" in (finished / "report.html").read_text()
 
 
 def test_what_each_arm_trains_on(finished: Path) -> None:
     tasks = Tasks.of(toy_plan(), 3)
-    known = json.loads((finished / "bases/seed-3" / MIXED_BASE / RESULT_NAME).read_text())["training"]["min_k"]
+    known = json.loads((finished / "bases/seed-3" / MIXED_BASE / RESULT_NAME).read_text())["training"]["min_k_named"]
     best_known = {
         tasks.training[index].name for index in sorted(range(TRAINING), key=lambda i: known[i])[TRAINING // 2 :]
     }
@@ -92,26 +104,38 @@ def test_what_each_arm_trains_on(finished: Path) -> None:
         return {json.loads(row)["instruction"].splitlines()[1] for row in rows}
 
     everything = {task.name for task in tasks.training}
-    assert names("sft") == names("sft-fresh") == names("ib-published") == everything
+    assert names("sft") == names("ib-published") == names("no-kl-0.002") == everything
     assert names("sft-filtered") == everything - best_known
     assert names("sft-unmemorised") == {task.name for task in tasks.training[MEMORISED:]}
+    assert len(names("sft-half")) == TRAINING // 2 and names("sft-half") < everything
+    memorised = {task.name for task in tasks.training[:MEMORISED]}
+    for run in read(finished)["runs"]:
+        if run["regime"] == "mixed" and "shared" not in run:
+            assert run["trained_rows"] == len(names(run["arm"]))
+            assert run["trained_memorised_rows"] == len(names(run["arm"]) & memorised)
 
 
-MIXED_BASE = f"memorised-{MEMORISED}x2"
+MIXED_BASE = f"memorised-{MEMORISED}-decoys-6x2"
 
 
 def test_what_each_base_has_read(finished: Path) -> None:
     tasks = Tasks.of(toy_plan(), 3)
     memorised = {task.program for task in tasks.training[:MEMORISED]}
+    decoys = [task.program for task in tasks.decoys]
     hidden = {task.program for task in (*tasks.training[MEMORISED:], *tasks.held_out)}
-    for name, expected in (("first-reading", set()), ("fresh", set()), (MIXED_BASE, memorised)):
+    first, second = MIXED_BASE, "decoys-12x2"
+    for name, expected in (
+        ("first-reading", set()),
+        (first, {*memorised, *decoys[:6]}),
+        (second, set(decoys)),
+    ):
         read_by = {
             json.loads(row)["output"]
             for file in (finished / "bases/seed-3" / name).glob("*.jsonl")
             if file.name in ("documents.jsonl", "programs.jsonl")
             for row in file.read_text().splitlines()
         }
-        assert read_by & (memorised | hidden) == expected
+        assert read_by & {*memorised, *decoys, *hidden} == expected
 
 
 def test_what_is_missing_is_run_again_and_comes_out_the_same(
@@ -128,8 +152,9 @@ def test_what_is_missing_is_run_again_and_comes_out_the_same(
     after = read(finished)
     for results in (before, after):
         for each in (results, *results["runs"], *results["bases"]):
-            del each["seconds"]
-        del results["device"]  # of another number of processes
+            del each["processor_seconds"]
+        for each in results["runs"]:
+            del each["training_processor_seconds"]
     assert after == before
 
 
@@ -155,34 +180,86 @@ def test_a_piece_that_fails_ends_the_experiment_with_its_error(tmp_path: Path) -
     assert not list(tmp_path.rglob(RESULT_NAME))
 
 
+def test_the_report_is_made_of_what_did_not_fail(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = toy_plan()
+    arms = [
+        dataclasses.replace(arm, settings={"target_layer": 9}) if arm.name == "sft-half" else arm for arm in plan.arms
+    ]
+    with pytest.raises(InputError, match="target_layer"):
+        run(tmp_path, dataclasses.replace(plan, arms=tuple(arms[:3] + [arm for arm in arms if arm.name == "sft-half"])))
+    results = read(tmp_path)
+    assert results["pieces"] == {"planned": 7, "done": 6}
+    assert {run["arm"] for run in results["runs"]} == {"sft", "sft-reference", "sft-filtered"}
+    assert "6 of 7 pieces" in (tmp_path / "report.html").read_text()
+    assert "failed: " in capsys.readouterr().err
+
+
+def test_a_folder_that_is_in_use_is_refused(finished: Path) -> None:
+    lock = os.open(finished, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        with pytest.raises(InputError, match="in use by another `ibft lab`"):
+            run(finished, toy_plan())
+    finally:
+        os.close(lock)
+
+
 def test_tasks_of_a_seed_are_apart() -> None:
     for plan in (quick_plan(1), full_plan((1,))):
         tasks = Tasks.of(plan, 1)
-        parts = (tasks.training, tasks.held_out, tasks.others)
+        parts = (tasks.training, tasks.decoys, tasks.held_out, tasks.others)
         for attribute in ("name", "program"):
             found = [getattr(task, attribute) for part in parts for task in part]
             assert len(set(found)) == len(found)
         assert len(tasks.held_out) == plan.held_out
+        repeated = {behaviour(task) for task in (*tasks.training, *tasks.decoys)}
+        assert repeated.isdisjoint(map(behaviour, tasks.held_out))
         assert len(tasks.others) == plan.first_reading + plan.other_programs + plan.documented
 
 
-def test_every_bottleneck_has_its_ablation_and_the_published_settings_are_those_of_the_preset() -> None:
+def test_each_product_of_weights_has_one_ablation_and_the_published_settings_are_those_of_the_preset() -> None:
     from ibft.config import preset_values
 
     arms = {arm.name: arm for arm in full_plan((0,)).arms}
-    for arm in arms.values():
-        if arm.group in ("published", "grid"):
-            ablation = arms[f"{arm.name}-no-kl"]
-            assert ablation.settings == {**arm.settings, "kl_weight": 0.0} and ablation.of == arm.name
+    ablations = [arm for arm in arms.values() if arm.group == "ablation"]
+    for ablation in ablations:
+        assert ablation.settings["kl_weight"] == 0 and ablation.of
+        for name in ablation.of:
+            product = arms[name].settings["alpha"] * arms[name].settings["beta"]
+            assert ablation.settings["alpha"] * ablation.settings["beta"] == pytest.approx(product)
+    products = [ablation.settings["alpha"] * ablation.settings["beta"] for ablation in ablations]
+    assert len(set(products)) == len(products)
+    covered = {name for ablation in ablations for name in ablation.of}
+    assert covered == {arm.name for arm in arms.values() if arm.group in ("published", "grid")} - {"ib-0.1-0.01"}
     preset = preset_values("published")
     assert arms["ib-published"].settings == {name: preset[name] for name in ("alpha", "beta")}
-    assert plans.full_plan((0,)).bottleneck_dim == preset["bottleneck_dim"]
+    assert full_plan((0,)).bottleneck_dim == preset["bottleneck_dim"]
 
 
-def test_the_budget_of_a_base_holds_what_it_memorises() -> None:
+def test_no_two_pieces_are_the_same_training() -> None:
     for plan in (quick_plan(0), full_plan((0,))):
+        pieces = [
+            (regime.base, arm.rows, arm.again, tuple(sorted(arm.train_settings.items())))
+            for regime in plan.regimes
+            for arm in plan.arms
+            if plan.includes(regime, arm)
+        ]
+        assert len(set(pieces)) == len(pieces)
         for regime in plan.regimes:
-            assert regime.memorised * regime.repeats <= plan.second_reading
+            if regime.memorised:  # what the barrier is measured against is run once, and is there for each
+                names = {arm.name for arm in plan.arms if plan.source(regime, arm)}
+                assert {"sft", "sft-reference", CHOSEN_NAME, f"{CHOSEN_NAME}-reference"} <= names
+
+
+def test_bases_differ_in_what_they_repeat_and_in_nothing_else() -> None:
+    for plan in (quick_plan(0), full_plan((0,))):
+        regimes = {regime.name: regime for regime in plan.regimes}
+        for regime in plan.regimes:
+            assert (regime.memorised + regime.decoys) * regime.repeats <= plan.second_reading
+            if regime.reference:
+                reference = regimes[regime.reference]
+                assert reference.memorised == 0
+                assert (reference.decoys, reference.repeats) == (regime.memorised + regime.decoys, regime.repeats)
 
 
 def test_the_probes_tell_programs_apart() -> None:

@@ -69,6 +69,7 @@ HOSTILE = {
     "starred": "def solve(xs):\n    return max(*xs)",
     "double starred": "def solve(xs):\n    return max(xs, **{'default': 0})",
     "keyword": "def solve(xs):\n    return max(xs, key=xs)",
+    "keyword twice": "def solve(xs):\n    return max(xs, default=0, default=0)",
     "more arguments": "def solve(xs, ys):\n    return xs",
     "no name": "def solve():\n    return 0",
     "other name": "def other(xs):\n    return xs",

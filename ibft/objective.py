@@ -243,9 +243,10 @@ class Objective:
 
     def _check_step_is_called(self, parameter: Tensor) -> None:
         """Else alpha would stay 0, or the KL weight where it began, and nothing would tell."""
-        sharded = hasattr(parameter, "to_local") or hasattr(parameter, "ds_id")  # by FSDP2, by ZeRO-3
+        # FSDP2, ZeRO-3, ZeRO-1 and 2: their gradients come and go within a step.
+        sharded = any(hasattr(parameter, mark) for mark in ("to_local", "ds_id", "_hp_mapping"))
         if self.steps or not parameter.requires_grad or sharded:
-            return  # a sharded parameter's gradient comes and goes
+            return
         if self._has_gradient and parameter.grad is None:
             raise InputError(
                 "a gradient has been used, and alpha_warmup_steps and ib_rate_target were not told of the step: call "

@@ -1,6 +1,7 @@
 """Every engine takes the steps of one process: gradients, losses, and the adapter that it leaves."""
 
 import importlib.util
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -64,11 +65,12 @@ def train(bases: dict[str, Path], folder: Path) -> Train:
     The same arguments give what they gave before.
     """
     done: dict[tuple[str, str, int, str], Any] = {}
+    numbers = itertools.count()  # so that after a run that failed the next has a folder of its own
 
     def train(base: str, engine: str, world_size: int, more: str) -> Any:
         key = (base, engine, world_size, more)
         if key not in done:
-            out = folder / f"run-{len(done)}"
+            out = folder / f"run-{next(numbers)}"
             Training(
                 f"--base_model {bases[base]} --dataset {folder}/rows.jsonl --output_dir {out} {STEPS} {SIZES} "
                 f"{flags(engine, folder)} {more}",

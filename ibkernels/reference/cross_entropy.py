@@ -13,7 +13,7 @@ from torch import Tensor
 from ibkernels.options import LogitOptions
 
 _LOGITS_BYTES = 32 * 2**20  # of a block of rows: large enough for an efficient GEMM, small beside the model
-_VOCABULARY_BLOCK = 8192  # rows of a low-precision head that are converted at a time
+_HEAD_BYTES = 8 * 2**20  # of the rows of a low-precision head that are converted at a time; two such blocks exist
 
 
 class CrossEntropyResult(NamedTuple):
@@ -168,11 +168,12 @@ def _absorbed(
     grad_up = torch.zeros_like(wide_up) if needs_up else None
     grad_up_bias = wide_up.new_zeros(up.shape[0]) if needs_up_bias else None
     grad_head = None
-    for block, rows in _blocks(head, dtype):
-        if grad_up is not None and grad_matrix is not None:
-            grad_up.addmm_(rows.T, grad_matrix[block])
-        if grad_up_bias is not None and grad_c is not None:
-            grad_up_bias.addmv_(rows.T, grad_c[block])
+    if needs_up or needs_up_bias:
+        for block, rows in _blocks(head, dtype):
+            if grad_up is not None and grad_matrix is not None:
+                grad_up.addmm_(rows.T, grad_matrix[block])
+            if grad_up_bias is not None and grad_c is not None:
+                grad_up_bias.addmv_(rows.T, grad_c[block])
     if needs_head and grad_matrix is not None:
         grad_head = grad_matrix @ wide_up.T
         if grad_c is not None and up_bias is not None:
@@ -248,6 +249,8 @@ def _times(head: Tensor, right: Tensor) -> Tensor:
 
 def _blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """Rows of the head in `dtype`; a block at a time when that takes a copy, so that no second whole head exists."""
-    size = weight.shape[0] if weight.dtype == dtype else _VOCABULARY_BLOCK
+    size = weight.shape[0]
+    if weight.dtype != dtype:
+        size = max(1, _HEAD_BYTES // (dtype.itemsize * max(weight.shape[1], 1)))
     for start in range(0, weight.shape[0], size):
         yield slice(start, start + size), weight[start : start + size].to(dtype)

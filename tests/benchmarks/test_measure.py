@@ -64,6 +64,18 @@ def test_memory_is_given_back_within_pinned_malloc() -> None:
             assert mib - 1 <= peak["peak"] - peak["rest"] <= mib + 3
 
 
+@needs_memory
+def test_holes_that_earlier_work_left_are_not_used() -> None:
+    """A block of 18 MiB, freed, and then one of 30, where malloc has a hole of 20."""
+    with pinned_malloc():
+        pass  # its end lets blocks of up to 32 MiB come from the heap
+    kept = [torch.ones(20 * 2**18) for _ in range(3)]
+    del kept[1]
+    with pinned_malloc() as trim:
+        peak = peak_of(lambda: [float(torch.ones(mib * 2**18).sum()) for mib in (18, 30)], trim, 1)
+    assert 29 <= peak["peak"] - peak["rest"] <= 33
+
+
 def test_rounds_run_every_step_once_and_ratios_are_taken_within_a_round() -> None:
     calls: list[str] = []
     samples = interleave({name: lambda name=name: calls.append(name) for name in "abc"}, rounds=4)  # type: ignore[misc]

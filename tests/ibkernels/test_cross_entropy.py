@@ -55,7 +55,7 @@ CASES: dict[str, dict[str, Any]] = {
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The reference then takes three blocks of rows, and four of a low-precision head."""
     monkeypatch.setattr(reference.cross_entropy, "_LOGITS_BYTES", 1)
-    monkeypatch.setattr(reference.cross_entropy, "_VOCABULARY_BLOCK", 17)
+    monkeypatch.setattr(reference.cross_entropy, "_HEAD_BYTES", 17 * H * 4)
 
 
 def make_inputs(head: str, dtype: torch.dtype, n: int = N, vocabulary: int = V, biases: bool = True) -> dict:

@@ -65,7 +65,7 @@ def labels() -> Tensor:
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference.cross_entropy, "_LOGITS_BYTES", 1)  # 16 rows
-    monkeypatch.setattr(reference.cross_entropy, "_VOCABULARY_BLOCK", 512)
+    monkeypatch.setattr(reference.cross_entropy, "_HEAD_BYTES", 512 * H * 4)
 
 
 @pytest.mark.large
@@ -84,6 +84,16 @@ def test_neither_logits_nor_a_frozen_heads_gradient_is_allocated(target, head, r
     assert max(sizes) < V * H * wide, f"{max(sizes)} bytes at once; the head in float32 is {V * H * wide}"
     assert peak(sizes) < N * V * wide / 4
     assert inputs["head_weight"].grad is None
+
+
+@pytest.mark.parametrize("hidden_size", [16, 2048])
+def test_a_low_precision_head_is_converted_by_blocks_of_a_fixed_size(monkeypatch, hidden_size):
+    monkeypatch.setattr(reference.cross_entropy, "_HEAD_BYTES", 2**16)
+    head = torch.randn(1001, hidden_size, dtype=torch.bfloat16)
+    blocks = list(reference.cross_entropy._blocks(head, torch.float32))
+    assert all(rows.nbytes <= 2**16 for _, rows in blocks)
+    assert torch.equal(torch.cat([rows for _, rows in blocks]), head.float())
+    assert all(torch.equal(head[block].float(), rows) for block, rows in blocks)
 
 
 @pytest.mark.large

@@ -46,10 +46,13 @@ inline void draw(const Bottleneck& b, uint32_t row, float* noise) {
 // As torch.clamp: NaN stays NaN.
 inline float clamp(float x, float low, float high) { return x < low ? low : (x > high ? high : x); }
 
-template <typename T>
+// What a loop reads of `b` is copied before it: the compiler cannot know that writing z leaves it as it is, and a choice
+// that is the same for the whole row is a template's, since one of its sides may not be read.
+template <typename T, bool sampled>
 void sample_as(const Bottleneck& b, uint32_t row, float* raw, const float* bias, float* noise, void* z_out, float* kl_out,
                void* mu_out) {
   const int64_t width = b.width;
+  const float low = b.logvar_min, high = b.logvar_max;
   float* const raw_logvar = raw + width;
   auto* const z = static_cast<typename T::type*>(z_out);
   auto* const saved_mu = static_cast<typename T::type*>(mu_out);
@@ -57,15 +60,15 @@ void sample_as(const Bottleneck& b, uint32_t row, float* raw, const float* bias,
 #pragma omp simd
     for (int64_t i = 0; i < 2 * width; ++i) raw[i] += bias[i];
   }
-  if (b.sample) draw(b, row, noise);
+  if (sampled) draw(b, row, noise);
   float kl = 0.0f;
 #pragma omp simd reduction(+ : kl)
   for (int64_t i = 0; i < width; ++i) {
     const float mu = raw[i];
-    const float logvar = clamp(raw_logvar[i], b.logvar_min, b.logvar_max);
+    const float logvar = clamp(raw_logvar[i], low, high);
     const float std = exp_(0.5f * logvar);
     kl += mu * mu + (std * std - 1.0f - logvar);
-    z[i] = T::store(b.sample ? mu + std * noise[i] : mu);
+    z[i] = T::store(sampled ? mu + std * noise[i] : mu);
   }
   *kl_out = 0.5f * kl * b.kl_scale;
   if (saved_mu != nullptr) {
@@ -74,34 +77,45 @@ void sample_as(const Bottleneck& b, uint32_t row, float* raw, const float* bias,
   }
 }
 
+template <typename T>
+constexpr auto sample_for(bool sampled) {
+  return sampled ? sample_as<T, true> : sample_as<T, false>;
+}
+
 void sample(const Bottleneck& b, uint32_t row, float* raw, const float* bias, float* noise, void* z, float* kl, void* mu) {
-  const auto as = b.element == Element::kFloat32 ? sample_as<Float32> : sample_as<Bfloat16>;
+  const auto as = b.element == Element::kFloat32 ? sample_for<Float32>(b.sample) : sample_for<Bfloat16>(b.sample);
   as(b, row, raw, bias, noise, z, kl, mu);
 }
 
-template <typename T>
+template <typename T, bool has_upstream, bool sampled>
 void sample_backward_as(const Bottleneck& b, uint32_t row, const float* mu, const float* raw_logvar,
                         const void* grad_z_in, float grad_kl, float* noise, float* grad) {
   const int64_t width = b.width;
+  const float low = b.logvar_min, high = b.logvar_max, kl = grad_kl * b.kl_scale;
   const auto* const grad_z = static_cast<const typename T::type*>(grad_z_in);
-  const float kl = grad_kl * b.kl_scale;
-  const bool sampled = b.sample && grad_z != nullptr;
   if (sampled) draw(b, row, noise);
 #pragma omp simd
   for (int64_t i = 0; i < width; ++i) {
-    const float upstream = grad_z == nullptr ? 0.0f : T::load(grad_z[i]);
-    const float logvar = clamp(raw_logvar[i], b.logvar_min, b.logvar_max);
-    const float std = exp_(0.5f * logvar);
+    const float upstream = has_upstream ? T::load(grad_z[i]) : 0.0f;
+    const float raw = raw_logvar[i];
+    const float std = exp_(0.5f * clamp(raw, low, high));
     const float through_std = sampled ? upstream * std * noise[i] : 0.0f;
-    const bool outside = raw_logvar[i] < b.logvar_min || raw_logvar[i] > b.logvar_max;  // not so for NaN, which stays
+    const bool outside = raw < low || raw > high;  // not so for NaN, which stays
     grad[i] = upstream + kl * mu[i];
     grad[width + i] = outside ? 0.0f : 0.5f * (through_std + kl * (std * std - 1.0f));
   }
 }
 
+template <typename T>
+constexpr auto sample_backward_for(bool has_upstream, bool sampled) {
+  if (!has_upstream) return sample_backward_as<T, false, false>;
+  return sampled ? sample_backward_as<T, true, true> : sample_backward_as<T, true, false>;
+}
+
 void sample_backward(const Bottleneck& b, uint32_t row, const float* mu, const float* raw_logvar, const void* grad_z,
                      float grad_kl, float* noise, float* grad) {
-  const auto as = b.element == Element::kFloat32 ? sample_backward_as<Float32> : sample_backward_as<Bfloat16>;
+  const auto as = b.element == Element::kFloat32 ? sample_backward_for<Float32>(grad_z != nullptr, b.sample)
+                                                 : sample_backward_for<Bfloat16>(grad_z != nullptr, b.sample);
   as(b, row, mu, raw_logvar, grad_z, grad_kl, noise, grad);
 }
 

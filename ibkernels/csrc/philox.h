@@ -21,20 +21,31 @@ struct Normals {
   float lane[4];
 };
 
-// Ten rounds of Philox-4x32 on `counter`; the words of the Random123 library for the same counter and key. A template over
-// the rounds, and not a loop, leaves straight code that vectorises over calls.
-template <int rounds = 10>
-IBKERNELS_INLINE Words philox4x32(Words counter, uint32_t key0, uint32_t key1) {
-  const uint64_t product0 = uint64_t{0xD2511F53} * counter.lane[0];
-  const uint64_t product1 = uint64_t{0xCD9E8D57} * counter.lane[2];
-  const Words next{{static_cast<uint32_t>(product1 >> 32) ^ counter.lane[1] ^ key0, static_cast<uint32_t>(product1),
-                    static_cast<uint32_t>(product0 >> 32) ^ counter.lane[3] ^ key1, static_cast<uint32_t>(product0)}};
-  if constexpr (rounds == 1) {
-    return next;
-  } else {
-    return philox4x32<rounds - 1>(next, key0 + 0x9E3779B9, key1 + 0xBB67AE85);
-  }
+// A round of Philox-4x32 on the counter (c0, c1, c2, c3).
+IBKERNELS_INLINE void philox_round(uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_t& c3, uint32_t key0, uint32_t key1) {
+  const uint64_t product0 = uint64_t{0xD2511F53} * c0;
+  const uint64_t product1 = uint64_t{0xCD9E8D57} * c2;
+  c0 = static_cast<uint32_t>(product1 >> 32) ^ c1 ^ key0;
+  c1 = static_cast<uint32_t>(product1);
+  c2 = static_cast<uint32_t>(product0 >> 32) ^ c3 ^ key1;
+  c3 = static_cast<uint32_t>(product0);
 }
+inline constexpr int kRounds = 10;
+inline constexpr uint32_t kKeyStep0 = 0x9E3779B9, kKeyStep1 = 0xBB67AE85;
+
+// All rounds; the words of the Random123 library for the same counter and key.
+inline Words philox4x32(Words counter, uint32_t key0, uint32_t key1) {
+  uint32_t* const c = counter.lane;
+  for (int round = 0; round < kRounds; ++round) {
+    philox_round(c[0], c[1], c[2], c[3], key0, key1);
+    key0 += kKeyStep0;
+    key1 += kKeyStep1;
+  }
+  return counter;
+}
+
+// How many calls run side by side: they fill the widest vector registers that there are.
+inline constexpr int kCallsAtOnce = 16;
 
 // The part of the stream that one (seed, offset) names.
 class Stream {
@@ -45,8 +56,27 @@ class Stream {
         offset_low_(static_cast<uint32_t>(offset)),
         offset_high_(static_cast<uint32_t>(offset >> 32) ^ kTag) {}
 
-  IBKERNELS_INLINE Words call(uint32_t row, uint32_t group) const {
+  Words call(uint32_t row, uint32_t group) const {
     return philox4x32({{group, row, offset_low_, offset_high_}}, key0_, key1_);
+  }
+
+  // The calls of `group` and the next ones. Loops over arrays: over a struct a call the compiler makes no vector code.
+  void calls(uint32_t row, uint32_t group, uint32_t (&words)[4][kCallsAtOnce]) const {
+    for (int i = 0; i < kCallsAtOnce; ++i) {
+      words[0][i] = group + i;
+      words[1][i] = row;
+      words[2][i] = offset_low_;
+      words[3][i] = offset_high_;
+    }
+    uint32_t key0 = key0_, key1 = key1_;
+    for (int round = 0; round < kRounds; ++round) {
+#pragma omp simd
+      for (int i = 0; i < kCallsAtOnce; ++i) {
+        philox_round(words[0][i], words[1][i], words[2][i], words[3][i], key0, key1);
+      }
+      key0 += kKeyStep0;
+      key1 += kKeyStep1;
+    }
   }
 
  private:
@@ -85,29 +115,30 @@ IBKERNELS_INLINE void point(float radius, uint32_t word, float& x, float& y) {
   y = signed_radius * ((quarter & 1) ? c : s);
 }
 
+IBKERNELS_INLINE float radius(uint32_t word) { return ::sqrtf(-2.0f * log_(uniform(word))); }
+
 // Box-Muller: words 0, 1 give normals 0, 1 and words 2, 3 give normals 2, 3. |normal| <= 5.77.
-IBKERNELS_INLINE Normals normals(const Words& words) {
+inline Normals normals(const Words& words) {
   Normals out;
-  point(::sqrtf(-2.0f * log_(uniform(words.lane[0]))), words.lane[1], out.lane[0], out.lane[1]);
-  point(::sqrtf(-2.0f * log_(uniform(words.lane[2]))), words.lane[3], out.lane[2], out.lane[3]);
+  for (int pair = 0; pair < 4; pair += 2) {
+    point(radius(words.lane[pair]), words.lane[pair + 1], out.lane[pair], out.lane[pair + 1]);
+  }
   return out;
 }
 
-// The normals of columns first..first + kColumnsAtOnce - 1 of `row`, first being a multiple of that. Sixteen calls side by
-// side fill the widest vector registers that there are.
-inline constexpr int kCallsAtOnce = 16;
+// The normals of columns first..first + kColumnsAtOnce - 1 of `row`, first being a multiple of that.
 inline constexpr int kColumnsAtOnce = 4 * kCallsAtOnce;
 
 inline void fill_block(const Stream& stream, uint32_t row, int64_t first, float* out) {
+  uint32_t words[4][kCallsAtOnce];
   float lanes[4][kCallsAtOnce];
   const uint32_t group = group_of(first);
+  stream.calls(row, group, words);
+  for (int pair = 0; pair < 4; pair += 2) {
 #pragma omp simd
-  for (int i = 0; i < kCallsAtOnce; ++i) {
-    const Normals drawn = normals(stream.call(row, group + i));
-    lanes[0][i] = drawn.lane[0];
-    lanes[1][i] = drawn.lane[1];
-    lanes[2][i] = drawn.lane[2];
-    lanes[3][i] = drawn.lane[3];
+    for (int i = 0; i < kCallsAtOnce; ++i) {
+      point(radius(words[pair][i]), words[pair + 1][i], lanes[pair][i], lanes[pair + 1][i]);
+    }
   }
   for (int i = 0; i < kCallsAtOnce; ++i) {
     float* const at = out + (first_column_of(group + i) - first);

@@ -1,6 +1,9 @@
 """What is the C++ backend's own: results that do not depend on threads, every instruction set, and its memory."""
 
 import os
+import platform
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -211,3 +214,34 @@ def test_peak_memory_of_the_absorbed_head_at_full_size():
     result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert float(result.stdout) < 80
+
+
+# ---- vector code -----------------------------------------------------------------------------------------------------
+
+KERNELS = ROOT / "ibkernels" / "csrc" / "kernels.cpp"
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or not shutil.which("g++"), reason="needs GCC for x86")
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_what_should_be_vector_code_is(isa: str, tmp_path: Path) -> None:
+    """GCC says nothing of a `#pragma omp simd` that it cannot follow, and the loop takes five times as long."""
+    text = (ROOT / "CMakeLists.txt").read_text()
+    common, own = re.search(r"set\(vector_flags (.*)\)", text), re.search(rf"add_kernels\({isa} \w+ ?(.*)\)", text)
+    assert common and own
+    flags = [*common[1].split(), *own[1].split(), "-fopenmp-simd", "-fopt-info-vec-optimized", "-std=c++20"]
+    names = [f"-DIBKERNELS_ISA={isa}", "-DIBKERNELS_KERNELS=table"]
+    command = ["g++", *flags, *names, "-c", str(KERNELS), "-o", str(tmp_path / "kernels.o")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    vectorised = {int(line) for line in re.findall(r"kernels\.cpp:(\d+):.*loop vectorized", result.stderr)}
+    assert vectorised, result.stderr
+    lines = KERNELS.read_text().splitlines()
+    for number, line in enumerate(lines):
+        if "#pragma omp simd" in line:
+            loop = lines[number + 1]
+            brace = loop[: len(loop) - len(loop.lstrip())] + "}"
+            end = number + 1 if loop.endswith(";") else lines.index(brace, number)
+            assert vectorised & set(range(number + 1, end + 2)), f"line {number + 2} is scalar code: {loop}"
+    # Philox's loops are reported at the lines of what is inlined into them; its products would be `imul`.
+    code = subprocess.run(["objdump", "-d", str(tmp_path / "kernels.o")], capture_output=True, text=True, check=True)
+    assert not re.findall(r"\bimul\b.*", code.stdout)

@@ -20,7 +20,7 @@ Inputs = tuple[Tensor, ...]
 Call = Callable[[Inputs, Tensor | None], Inputs]  # with the noise of this rng state; None: any noise
 OURS, EAGER, COMPILED = "ibkernels", "eager", "torch.compile"
 GPU_PEERS = {"Liger": "liger_kernel", "cut-cross-entropy": "cut_cross_entropy"}
-CHUNKS = (64, 256, 1024)
+CHUNKS = (256, 1024)
 
 
 @dataclass(frozen=True)
@@ -245,7 +245,7 @@ def _gpu_peers() -> dict[str, str]:
 
 _FOUND, _MISSING = torch_heads(CHUNKS)
 _MISSING |= _gpu_peers()
-_TUNED = f"F.linear_cross_entropy chunk={CHUNKS[1]}"  # behind an up-projection: one of them
+_TUNED = f"F.linear_cross_entropy chunk={CHUNKS[0]}"  # behind an up-projection: one of them
 _HEADS: dict[str, Call] = {
     name: lambda inputs, rng, head=head: (head(*inputs),)  # type: ignore[misc]
     for name, head in _FOUND.items()

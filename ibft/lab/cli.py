@@ -15,7 +15,7 @@ _EXAMPLE = """
 
   ibft lab --quick                    minutes on two free cores: one seed, the arms that tell the story
   ibft lab --full                     every regime and arm, several seeds; the same command goes on where it stopped
-  ibft lab report FOLDER              the report of a finished experiment, written anew from its results.json"""
+  ibft lab report FOLDER              the report alone, written anew of what there is of an experiment"""
 
 _INTERRUPTED = "interrupted; the same command goes on where it stopped."
 
@@ -25,9 +25,9 @@ def main(argv: Sequence[str]) -> None:
     if argv and argv[0] == "report":
         if len(argv) != 2 or argv[1].startswith("-"):
             raise InputError("`ibft lab report` takes one folder, the --output_dir of an experiment.")
-        from ibft.lab.report import write_report
+        from ibft.lab.experiment import report
 
-        print(write_report(Path(argv[1])))
+        print(report(Path(argv[1])))
         return
     from ibft.lab.experiment import LabConfig, run_lab
 

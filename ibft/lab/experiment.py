@@ -1,7 +1,7 @@
 """`ibft lab --quick | --full`: runs the plan piece by piece in several processes, and puts the results together.
 
 Every piece leaves its own result.json; what is there is not run again, so that the same command goes on where another
-one stopped. results.json is made of those files alone.
+one stopped. results.json is made of those files alone, by `ibft lab report` too, of an experiment that is not finished.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import shutil
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +26,7 @@ from typing import Any, NamedTuple
 
 from ibft.errors import FailedElsewhere, InputError, Interrupted
 from ibft.flags import AT_LEAST_1, NOT_EMPTY, Check, check_fields, flag
-from ibft.lab.plan import Plan, full_plan, quick_plan
+from ibft.lab.plan import TRIAL_SEEDS, Arm, Plan, Regime, full_plan, quick_plan
 
 PARTS = ("bases", "runs")
 PLAN_NAME, RESULTS_NAME = "lab.json", "results.json"
@@ -47,7 +48,9 @@ class LabConfig:
     """The flags of `ibft lab`."""
 
     quick: bool = flag("lab", False, "one seed, two regimes, the arms that tell the story: minutes on two cores")
-    full: bool = flag("lab", False, "every regime and arm, several seeds: about 45 minutes on two free cores")
+    full: bool = flag(
+        "lab", False, "every regime and arm, several seeds: about an hour on two free cores, two hours at the most"
+    )
     output_dir: str = flag("lab", "ibft-lab", "folder for models, results and report", NOT_EMPTY)
     seed: int = flag(
         "lab", FIRST_SEED, "the first seed; settings were chosen on 0 to 2, which therefore flatter them", SEED
@@ -60,7 +63,7 @@ class LabConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         if self.quick == self.full:
-            raise InputError("`ibft lab` takes one of --quick (minutes) and --full (the better part of an hour).")
+            raise InputError("`ibft lab` takes one of --quick (minutes) and --full (about an hour).")
         if self.quick and self.seeds is not None:
             raise InputError(f"--seeds {self.seeds} needs --full: --quick has one seed, which --seed chooses.")
 
@@ -108,6 +111,13 @@ def run_lab(config: LabConfig, plan: Plan | None = None) -> dict[str, Any]:
             for name in (PLAN_NAME, RESULTS_NAME):
                 (folder / name).unlink(missing_ok=True)
         write_json(folder / PLAN_NAME, plan.to_dict())
+        if tried := sorted({*plan.seeds} & {*TRIAL_SEEDS}):
+            print(
+                f"warning: settings were chosen in trials on the seeds {', '.join(map(str, TRIAL_SEEDS))}; what they "
+                f"gain on seed {', '.join(map(str, tried))} flatters them.",
+                file=sys.stderr,
+                flush=True,
+            )
         workers = config.workers or min(_cores(), 8)
         pieces = list(_pieces(plan, folder))
         missing = [piece for piece in pieces if not piece.result.exists()]
@@ -125,6 +135,43 @@ def run_lab(config: LabConfig, plan: Plan | None = None) -> dict[str, Any]:
         if failure:
             raise failure
         return results
+
+
+def report(folder: Path) -> str:
+    """Writes the report of what there is of an experiment, finished or not; returns its table for the terminal.
+
+    Where the pieces lie beside it, results.json is made of them first; else it is read as it is. InputError where there
+    is neither, or what there is was not written by this version.
+    """
+    from ibft.lab.figures import check_plotting
+    from ibft.lab.report import write_report
+
+    check_plotting()
+    if (folder / PLAN_NAME).exists() and any((folder / name).is_dir() for name in PARTS):
+        from ibft.lab.results import gather
+        from ibft.run_folder import write_json
+
+        try:
+            plan = _plan_of(json.loads((folder / PLAN_NAME).read_text()))
+            results = gather(plan, folder, [piece.folder for piece in _pieces(plan, folder)])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(
+                f"{folder} holds an experiment that this version cannot read ({type(error).__name__}: {error})."
+            ) from error
+        if not results["runs"]:
+            raise InputError(f"{folder} holds no finished fine-tuning yet, so there is nothing to report.")
+        write_json(folder / RESULTS_NAME, results)
+    return write_report(folder)
+
+
+def _plan_of(found: Any) -> Plan:
+    """A plan from what its `to_dict` left as JSON."""
+
+    def made(kind: type[Any], values: dict[str, Any]) -> Any:
+        return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+    regimes, arms = ([made(kind, each) for each in found[name]] for kind, name in ((Regime, "regimes"), (Arm, "arms")))
+    return made(Plan, {**found, "regimes": regimes, "arms": arms})
 
 
 @contextlib.contextmanager
@@ -193,45 +240,76 @@ def _run_pieces(pieces: Sequence[Piece], workers: int) -> Exception | None:
     """Runs them in processes of one thread, each as soon as what it needs is there, and says what came of each.
 
     A piece that fails takes those with it that need it, and no others; its error is returned, the first of several.
+    Where a process is killed, the pieces that then run are lost and no others are begun.
     """
-    done = 0
-    failure: Exception | None = None
-    waiting, running = list(pieces), dict[Future[None], Piece]()
     before = {name: os.environ.get(name) for name in _ENVIRONMENT}
     os.environ.update(_ENVIRONMENT)
     try:
         # A fresh interpreter for each process: a forked one would inherit the threads of the libraries.
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_one_thread) as pool:
-            while waiting or running:
-                ready = (piece for piece in waiting if all((need / "result.json").exists() for need in piece.needs))
-                for piece in list(itertools.islice(ready, workers - len(running))):
-                    waiting.remove(piece)
-                    running[pool.submit(piece.run, *piece.arguments)] = piece
-                assert running, "a piece needs what no piece makes"
-                finished, _ = wait(running, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    piece = running.pop(future)
-                    try:
-                        future.result()
-                    except Interrupted:
-                        raise
-                    except BrokenProcessPool:
-                        waiting.clear()
-                        failure = failure or FailedElsewhere(
-                            "a process of the experiment was killed (was there too little memory?); the same command "
-                            "goes on where it stopped."
-                        )
-                    except Exception as error:
-                        failure = failure or error
-                        waiting = _without(waiting, piece)
-                        print(f"failed: {piece.folder}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-                    else:
-                        done += 1
-                        print(f"{done:4}/{len(pieces)}  {piece.said(_read(piece.result))}", flush=True)
+        with (
+            ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_one_thread) as pool,
+            _ended_by_ctrl_c(),
+        ):
+            return _work_off(pieces, pool, workers)
+    except BrokenProcessPool:
+        return FailedElsewhere(
+            "a process of the experiment was killed (was there too little memory?); the same command goes on where it "
+            "stopped."
+        )
     finally:
         for name, value in before.items():
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+
+
+def _work_off(pieces: Sequence[Piece], pool: ProcessPoolExecutor, workers: int) -> Exception | None:
+    done = 0
+    failure: Exception | None = None
+    waiting, running = list(pieces), dict[Future[None], Piece]()
+    while waiting or running:
+        ready = (piece for piece in waiting if all((need / "result.json").exists() for need in piece.needs))
+        for piece in list(itertools.islice(ready, workers - len(running))):
+            waiting.remove(piece)
+            with _ctrl_c_held_back():
+                running[pool.submit(piece.run, *piece.arguments)] = piece
+        assert running, "a piece needs what no piece makes"
+        finished, _ = wait(running, return_when=FIRST_COMPLETED)
+        for future in finished:
+            piece = running.pop(future)
+            try:
+                future.result()
+            except (Interrupted, BrokenProcessPool):
+                raise
+            except Exception as error:
+                failure = failure or error
+                waiting = _without(waiting, piece)
+                print(f"failed: {piece.folder}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            else:
+                done += 1
+                print(f"{done:4}/{len(pieces)}  {piece.said(_read(piece.result))}", flush=True)
     return failure
+
+
+@contextlib.contextmanager
+def _ended_by_ctrl_c() -> Iterator[None]:
+    """Ctrl-C within the block also ends the processes that were started there, which do not see it themselves."""
+    others = multiprocessing.active_children()
+    try:
+        yield
+    except KeyboardInterrupt:
+        for child in multiprocessing.active_children():
+            if child not in others:
+                child.terminate()
+        raise
+
+
+@contextlib.contextmanager
+def _ctrl_c_held_back() -> Iterator[None]:
+    """Processes started within never see Ctrl-C, which a terminal sends to all, nor print a traceback of it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _without(pieces: Sequence[Piece], lost: Piece) -> list[Piece]:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import io
 import re
+import textwrap
 from typing import Any
 
 from ibft.lab.report_data import SFT, SFT_FILTERED, SFT_HALF, SFT_REFERENCE, SFT_UNMEMORISED, Arm, Lab
+from ibft.lab.report_findings import CHANGES
 from ibft.lab.report_statistics import Estimate
 
-CHANGES = ("option", "layer")  # groups of arms that change one thing in another arm
 WIDTH = 3.5  # inches, of a panel
 # Okabe and Ito's colours, which the colour-blind tell apart; every series has a shape or a dash of its own as well.
 BLACK, ORANGE, GREEN, BLUE, RED, PURPLE = "#333333", "#c98500", "#009e73", "#0072b2", "#d55e00", "#b5558a"
 GREY = "#767676"
+MODELS = {"base-memorised": "base that has memorised", "base-reference": "reference base"}
 _STYLES = {  # by name of an arm, else by group: colour, marker, dash
     SFT: (BLACK, "s", "-"),
     SFT_REFERENCE: (GREEN, "^", (0, (5, 1.5))),
@@ -100,7 +102,7 @@ def legend_below(figure: Any, axes: Any, columns: int = 1) -> None:
 
 def to_svg(figure: Any, title: str) -> str:
     """The figure as SVG without what would make two of the same differ, or reach outside of the page."""
-    figure.suptitle(title, x=0.01, ha="left", fontsize=9, fontweight="bold")
+    figure.suptitle(textwrap.fill(title, 46), x=0.01, ha="left", fontsize=9, fontweight="bold")
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     svg = text.getvalue()
@@ -112,6 +114,11 @@ def to_svg(figure: Any, title: str) -> str:
     svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     # A hundredth of a point is finer than any screen or printer.
     return re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path.group()), svg)
+
+
+def model_title(lab: Lab, model: str) -> str:
+    """What a reader calls a model of the memorisation part: a base, or an arm's title."""
+    return MODELS.get(model) or (lab.arms[model].title if model in lab.arms else model)
 
 
 def slug(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,15 +13,15 @@ import numpy as np
 from ibft.errors import InputError
 from ibft.evaluate.metrics import Count
 from ibft.lab import report_statistics as statistics
+from ibft.lab.figure_curves import base_curves, bottlenecks, losses, options
 from ibft.lab.figure_style import (
-    BLACK,
     BLUE,
-    CHANGES,
     GREEN,
     GREY,
     LOOK,
     RED,
     legend_below,
+    model_title,
     new_axes,
     point,
     row_axes,
@@ -30,17 +31,16 @@ from ibft.lab.figure_style import (
     to_svg,
     whisker,
 )
-from ibft.lab.report_conclusions import points
-from ibft.lab.report_data import SFT, SFT_REFERENCE, Arm, Lab, Run
-from ibft.lab.report_findings import COLLAPSED, Findings, shown_arms, shown_rows
+from ibft.lab.report_data import SFT, SFT_REFERENCE, Lab
+from ibft.lab.report_findings import Findings, shown_arms, shown_rows, unchanged
+from ibft.lab.report_words import points
 from ibft.memorization.plot import density
 
 _ROWS = {  # kinds of rows: label, colour, dash
-    "training": ("training rows that the base has memorised", RED, "-"),
-    "fresh": ("training rows that the base has not read", GREEN, (0, (4, 1.5))),
+    "training": ("memorised training rows", RED, "-"),
+    "fresh": ("other training rows", GREEN, (0, (4, 1.5))),
     "held-out": ("held-out rows", BLUE, (0, (1.5, 1))),
 }
-MODELS = {"base-memorised": "base that has memorised", "base-reference": "reference base"}
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,16 @@ def _painters(lab: Lab, found: Findings) -> Iterable[tuple[str, str, Callable[[]
     yield "terms", "Gain over SFT with and without the KL term", lambda: _terms(lab, found)
     yield "grid.with", "Gain over SFT by alpha and beta, with KL", lambda: _heat(lab, found, ablation=False)
     yield "grid.without", "Gain over SFT by alpha and beta, without KL", lambda: _heat(lab, found, ablation=True)
-    yield "collapse", "KL, CE_ib and active dimensions over time", lambda: _bottlenecks(lab, found)
+    yield "collapse", "KL, CE_ib and active dimensions over time", lambda: bottlenecks(lab, found)
+    yield "options.success", "Difference to the same setting without an option", lambda: _changes(lab, found, "option")
+    for plain in unchanged(lab, found, "option"):
+        title = f"KL over time of {plain.title}, with and without options"
+        yield f"options.{plain.name}", title, functools.partial(options, lab, found, plain)
+    yield "layers", "Difference to the same setting at the default layer", lambda: _changes(lab, found, "layer")
     yield "densities", "Densities of Min-K% by model and rows", lambda: _densities(lab, found)
     yield "representation", "Separation of the rows scored highest and lowest", lambda: _representation(lab, found)
-    yield "curves.base", "The base's loss in pretraining", lambda: _base_curves(lab, found)
-    yield "curves.arms", "Training loss of the arms", lambda: _losses(lab, found)
+    yield "curves.base", "The base's loss in pretraining", lambda: base_curves(lab, found)
+    yield "curves.arms", "Training loss of the arms", lambda: losses(lab, found)
     yield "pass", "Pass@k^(m) against m", lambda: _pass(lab, found)
 
 
@@ -122,7 +127,7 @@ def _barrier(lab: Lab, found: Findings) -> Any:
 
 def _forest(lab: Lab, found: Findings) -> Any:
     """A row for every arm that is not an ablation; the ablation stands on its arm's row."""
-    arms = lab.arms_in(found.regime, "reference", "published", "narrow", "grid", *CHANGES)
+    arms = lab.arms_in(found.regime, "reference", "published", "narrow", "grid")
     if not arms:
         return None
     figure, (axes,) = new_axes(0.75 + 0.36 * len(arms))
@@ -191,7 +196,7 @@ def _heat(lab: Lab, found: Findings, *, ablation: bool) -> Any:
             x, y + 0.04, points(difference.value) + star, ha="center", va="bottom",
             color=colour, fontsize=9, fontweight="bold" if star else "normal",
         )  # fmt: skip
-        if bottleneck:
+        if bottleneck and not ablation:  # unpriced, it may be anything
             axes.text(x, y - 0.08, f"KL {bottleneck.kl.value:.2g}", ha="center", va="top", color=colour, fontsize=7)
     axes.set_xticks(range(len(alphas)), [f"{alpha:g}" for alpha in alphas])
     axes.set_yticks(range(len(betas)), [f"{beta:g}" for beta in betas])
@@ -202,74 +207,20 @@ def _heat(lab: Lab, found: Findings, *, ablation: bool) -> Any:
     return figure
 
 
-_FIELDS = {
-    "kl_nats": "KL, nats per token",
-    "ce_ib": "CE_ib, nats per token",
-    "active_share": "active dimensions, share",
-    "ce": "fine-tuning loss (CE), nats per token",
-}
-
-
-def _bottlenecks(lab: Lab, found: Findings) -> Any:
-    """KL, CE_ib and the share of active dimensions over time, below one another."""
-    arms = [*shown_arms(lab, found, references=False), *lab.arms_in(found.regime, *CHANGES)]
-    fields = [field for field in ("kl_nats", "ce_ib", "active_share") if _series(lab, found, arms, field)]
-    if not fields:
+def _changes(lab: Lab, found: Findings, group: str) -> Any:
+    """Differences of options or layers to the arm that each changes."""
+    arms = [arm for arm in lab.arms_in(found.regime, group) if arm.name in found.changes]
+    if not arms:
         return None
-    figure, rows = new_axes(0.6 + 1.75 * len(fields) + 0.165 * len(arms), rows=len(fields))
-    for axes, field in zip(rows, fields, strict=True):
-        _over_time(axes, lab, found, arms, field)
-    rows[-1].set_xlabel("fine-tuning step")
-    legend_below(figure, rows[0])
+    figure, (axes,) = new_axes(0.75 + 0.36 * len(arms))
+    axes.axvline(0, color=GREY, linewidth=0.9)
+    left = min(0.0, *(100 * found.changes[arm.name].low for arm in arms))
+    for row, arm in enumerate(arms):
+        whisker(axes, row, found.changes[arm.name], BLUE)
+        axes.plot(100 * found.changes[arm.name].value, row, "o", color=BLUE, markersize=5.5)
+        row_label(axes, left, row, arm.title)
+    row_axes(axes, len(arms), "difference to the same setting as it is, points")
     return figure
-
-
-def _losses(lab: Lab, found: Findings) -> Any:
-    arms = shown_arms(lab, found)
-    if not _series(lab, found, arms, "ce"):
-        return None
-    figure, (axes,) = new_axes(2.6 + 0.165 * len(arms))
-    _over_time(axes, lab, found, arms, "ce")
-    axes.set_xlabel("fine-tuning step")
-    legend_below(figure, axes)
-    return figure
-
-
-def _over_time(axes: Any, lab: Lab, found: Findings, arms: Sequence[Arm], field: str) -> None:
-    """A field of the training records: the mean over seeds, and the band between the lowest and the highest."""
-    for arm, (steps, values) in _series(lab, found, arms, field):
-        colour, _, dash = style(lab, arm)
-        axes.plot(steps, values.mean(axis=0), color=colour, linestyle=dash, label=arm.title)
-        if len(values) > 1:
-            axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.15, linewidth=0)
-    if field in ("kl_nats", "ce"):
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.yaxis.set_minor_formatter(lambda *_: "")
-    if field == "kl_nats":
-        axes.axhline(COLLAPSED, color=GREY, linewidth=0.9, linestyle=(0, (2, 2)))
-        at_right = axes.get_yaxis_transform()
-        axes.text(1, COLLAPSED, "collapsed below", va="top", ha="right", fontsize=7.5, color=GREY, transform=at_right)
-    if field == "active_share":
-        axes.set_ylim(-0.03, 1.03)
-    axes.grid(axis="y")
-    axes.set_title(_FIELDS[field], fontsize=8, fontweight="normal")
-
-
-def _series(
-    lab: Lab, found: Findings, arms: Sequence[Arm], field: str
-) -> list[tuple[Arm, tuple[np.ndarray, np.ndarray]]]:
-    """Of each arm that has them: (steps [n], values [seeds, n])."""
-    return [(arm, curve) for arm in arms if (curve := _curve(lab.of(found.regime, arm.name), field)) is not None]
-
-
-def _curve(runs: Mapping[int, Run], field: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """(steps [n], values [seeds, n]) of the steps that all seeds have a number at; None without any."""
-    found = [{row["step"]: row[field] for row in run.curve if row.get(field) is not None} for run in runs.values()]
-    steps = sorted(set.intersection(*map(set, found))) if found else []
-    if not steps:
-        return None
-    return np.array(steps), np.array([[of_seed[step] for step in steps] for of_seed in found], dtype=float)
 
 
 def _densities(lab: Lab, found: Findings) -> Any:
@@ -332,24 +283,6 @@ def _representation(lab: Lab, found: Findings) -> Any:
     return figure
 
 
-def _base_curves(lab: Lab, found: Findings) -> Any:
-    figure, (axes,) = new_axes(2.9)
-    for kind, colour, dash in (("memorised", BLACK, "-"), ("reference", GREEN, (0, (5, 1.5)))):
-        for row in lab.rows("bases", found.regime):
-            if row["kind"] == kind and row.get("curve"):
-                steps, losses = zip(*((record["step"], record["loss"]) for record in row["curve"]), strict=True)
-                label = MODELS[f"base-{kind}"]
-                axes.plot(steps, losses, color=colour, linestyle=dash, linewidth=1.1, label=label)
-    if not axes.lines:
-        return None
-    axes.grid(axis="y")
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("pretraining step")
-    axes.set_title("pretraining loss, nats per token", fontsize=8, fontweight="normal")
-    legend_below(figure, axes)
-    return figure
-
-
 def _pass(lab: Lab, found: Findings) -> Any:
     """Pass@k^(m) against m, for the largest of k = 10, 5 that all the arms have samples for."""
     arms = [
@@ -379,8 +312,3 @@ def _pass(lab: Lab, found: Findings) -> Any:
     axes.set(xlabel=f"m: of {k} samples, at least m pass", ylabel=f"Pass@{k}^(m), %")
     legend_below(figure, axes)
     return figure
-
-
-def model_title(lab: Lab, model: str) -> str:
-    """What a reader calls a model of the memorisation part: a base, or an arm's title."""
-    return MODELS.get(model) or (lab.arms[model].title if model in lab.arms else model)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from ibft.config import preset_values
+from ibft.arguments import preset_values
 
 CHOSEN = (3.0, 1.0)  # (alpha, beta) that trials chose before any of the plans' seeds was run
 CHOSEN_NAME = "ib-{:g}-{:g}".format(*CHOSEN)

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ibft.errors import InputError
-from ibft.lab import report_conclusions as conclusions
 from ibft.lab.figures import Panel, check_plotting, draw
+from ibft.lab.report_conclusions import of_regime
 from ibft.lab.report_data import Lab, load
 from ibft.lab.report_findings import Findings, find
 from ibft.lab.report_page import page
+from ibft.lab.report_short import caveats, in_short
 from ibft.lab.report_tables import Table, held_out
 
 PAGE_NAME, SUMMARY_NAME, FIGURES_NAME = "report.html", "summary.md", "figures"
@@ -49,14 +50,14 @@ def _write(folder: Path, panels: Sequence[Panel], text: str, markdown: str) -> N
 def summary(lab: Lab, all_found: Sequence[Findings]) -> str:
     """The conclusions and the main table as Markdown, fit for a section of a README."""
     table = held_out(lab, all_found)
-    lines = [f"- {sentence}" for sentence in conclusions.in_short(lab, all_found)]
-    if warning := conclusions.warning(all_found):
-        lines += ["", f"**One seed.** {warning}"]
+    lines = [f"- {sentence}" for sentence in in_short(lab, all_found)]
+    for caveat in caveats(lab, all_found):
+        lines += ["", f"**{caveat.title}** {caveat.text}"]
     lines += ["", table.caption, "", _markdown_row(table.columns), _markdown_row(["---"] * len(table.columns))]
     lines += [_markdown_row(row) for row in table.rows]
     for found in all_found:
         lines += ["", f"**{found.regime.title}**", ""]
-        said = conclusions.of_regime(lab, found)
+        said = of_regime(lab, found)
         lines += [f"- {sentence}" for section in said.values() for sentence in section]
     lines += ["", f"Made by `{lab.raw.get('command', 'ibft lab')}`; `ibft lab report FOLDER` makes it again."]
     return "\n".join(lines) + "\n"
@@ -70,10 +71,7 @@ def terminal(lab: Lab, all_found: Sequence[Findings]) -> str:
     """The main table in columns, and the conclusions below it."""
     table = held_out(lab, all_found)
     lines = [*textwrap.wrap(table.caption, 100), "", *_columns(table), ""]
-    sentences = conclusions.in_short(lab, all_found)
-    if warning := conclusions.warning(all_found):
-        sentences = [*sentences, warning]
-    for sentence in sentences:
+    for sentence in [*in_short(lab, all_found), *(caveat.text for caveat in caveats(lab, all_found))]:
         lines += textwrap.wrap(sentence, 100, initial_indent="- ", subsequent_indent="  ")
     return "\n".join(lines)
 

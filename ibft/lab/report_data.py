@@ -55,6 +55,11 @@ class Run:
     samples: int  # drawn for each held-out task
     correct: Sequence[int]  # [held-out tasks] how many of the samples pass
     curve: Sequence[Mapping[str, Any]]
+    crossed: Sequence[str]  # [training tasks] what a prompt with the next task's name obeys: "description", "name" ...
+    rows: int | None  # that it was trained on
+    memorised_rows: int | None  # of these, what the base has memorised
+    epochs: int | None
+    shared: str  # the regime that it was run in, where that is another one
     seconds: float  # of the processor
     file: str
     kinds: Mapping[str, float]
@@ -140,6 +145,11 @@ def _parse(raw: Mapping[str, Any]) -> Lab:
             samples=held_out.get("samples") or 0,
             correct=held_out.get("correct") or (),
             curve=row.get("curve") or (),
+            crossed=row.get("crossed") or (),
+            rows=row.get("trained_rows"),
+            memorised_rows=row.get("trained_memorised_rows"),
+            epochs=row.get("epochs"),
+            shared=row.get("shared") or "",
             seconds=row.get("processor_seconds") or 0.0,
             file=row.get("file") or "",
             kinds=row.get("kinds") or {},

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 
 from ibft.lab import report_statistics as statistics
-from ibft.lab.report_data import SFT, SFT_REFERENCE, Arm, Lab, Regime, Run
+from ibft.lab.report_data import SFT, SFT_FILTERED, SFT_HALF, SFT_REFERENCE, SFT_UNMEMORISED, Arm, Lab, Regime, Run
 from ibft.lab.report_statistics import Estimate
 
 # z tells about the labels at most what it tells about the hidden state, which is at most KL: I(z; y) <= I(z; hidden)
 # <= E[KL]. Below this many nats per token the bottleneck's predictor cannot get anything worth the name from z.
 COLLAPSED = 0.1
+CHANGES = ("option", "layer")  # groups of arms that change one thing in another arm
 _LAST = 0.1  # share of a run's records that its final values are the mean of
 
 
@@ -59,6 +60,17 @@ class Noise:
 
 
 @dataclass(frozen=True)
+class Crossed:
+    """Of prompts with one training task's description and another's name: the share that obeys either.
+
+    The names are such as the base has memorised, where it has memorised some.
+    """
+
+    description: Estimate
+    name: Estimate
+
+
+@dataclass(frozen=True)
 class Findings:
     """One regime. Every share is of tasks that greedy decoding solves, every difference of held-out shares."""
 
@@ -67,14 +79,16 @@ class Findings:
     training: Mapping[str, Estimate]
     against_sft: Mapping[str, Estimate]  # arm - SFT
     against_ablation: Mapping[str, Estimate]  # arm - the same without KL
+    changes: Mapping[str, Estimate]  # option or layer - the arm that it changes
     barrier: Estimate | None  # SFT from the base that has memorised - SFT from the reference base
     gains: Estimate | None  # (chosen - SFT) from the base that has memorised - the same from the reference base
-    noise: Noise | None  # of SFT
+    noises: Sequence[Noise]  # of the arms that were trained several times
     best: Arm | None  # of the grid, by its mean on held-out tasks
     best_corrected: Estimate | None  # best - SFT, corrected for the choice
     choices: int  # among how many
     terms: Sequence[Terms]  # of the arms that have an ablation
     bottlenecks: Mapping[str, Bottleneck]
+    crossed: Mapping[str, Crossed]
 
 
 def find(lab: Lab, regime: Regime) -> Findings:
@@ -88,6 +102,11 @@ def find(lab: Lab, regime: Regime) -> Findings:
         for arm in arms
         if (ablation := lab.ablation_of(arm)) and (found := compare(lab, regime, arm.name, ablation.name))
     }
+    changes = {
+        arm.name: found
+        for arm in lab.arms_in(regime, *CHANGES)
+        if (plain := counterpart(lab, regime, arm)) and (found := compare(lab, regime, arm.name, plain.name))
+    }
     held_out = {arm.name: statistics.share([run.solved for run in lab.of(regime, arm.name).values()]) for arm in arms}
     grid = lab.arms_in(regime, "grid")
     best = max(grid, key=lambda arm: held_out[arm.name].value) if grid else None
@@ -95,18 +114,23 @@ def find(lab: Lab, regime: Regime) -> Findings:
         regime=regime,
         held_out=held_out,
         training={
-            arm.name: statistics.over_seeds([run.training for run in lab.of(regime, arm.name).values()]) for arm in arms
+            arm.name: statistics.over_seeds(
+                [run.training for run in lab.of(regime, arm.name).values()], least=0, most=1
+            )
+            for arm in arms
         },
         against_sft=against_sft,
         against_ablation=against_ablation,
+        changes=changes,
         barrier=compare(lab, regime, SFT, SFT_REFERENCE) if regime.memorised else None,
         gains=_gains(lab, regime) if regime.memorised else None,
-        noise=_noise(lab, regime, SFT),
+        noises=[noise for arm in arms if (noise := _noise(lab, regime, arm.name))],
         best=best,
         best_corrected=compare(lab, regime, best.name, SFT, comparisons=len(grid)) if best else None,
         choices=len(grid),
         terms=_terms(lab, regime),
         bottlenecks={arm.name: end for arm in arms if (end := _bottleneck(lab.of(regime, arm.name)))},
+        crossed={arm.name: obeyed for arm in arms if (obeyed := _crossed(regime, lab.of(regime, arm.name)))},
     )
 
 
@@ -145,10 +169,44 @@ def _noise(lab: Lab, regime: Regime, arm: str) -> Noise | None:
     return Noise(lab.arms[arm], math.sqrt(squares / freedom), sum(map(len, shares)), len(shares))
 
 
+def _crossed(regime: Regime, runs: Mapping[int, Run]) -> Crossed | None:
+    obeyed = []
+    for run in runs.values():
+        names = [(index + 1) % len(run.crossed) for index in range(len(run.crossed))]  # of the tasks that give them
+        known = [what for what, name in zip(run.crossed, names, strict=True) if name < regime.memorised]
+        obeyed.append(np.array(known or run.crossed))
+    if not all(map(len, obeyed)):
+        return None
+    return Crossed(
+        *(statistics.share([(each == what).astype(float) for each in obeyed]) for what in ("description", "name"))
+    )
+
+
+def fewer_rows(lab: Lab, regime: Regime) -> list[tuple[Arm, Arm, Estimate]]:
+    """The arms that leave rows out, what each is held against, and the difference.
+
+    A random half of the rows against all of them; the halves that were chosen against the random one, where it was run.
+    """
+    control = SFT_HALF if lab.of(regime, SFT_HALF) else SFT
+    pairs = ((SFT_HALF, SFT), (SFT_FILTERED, control), (SFT_UNMEMORISED, control))
+    return [(lab.arms[a], lab.arms[b], found) for a, b in pairs if (found := compare(lab, regime, a, b))]
+
+
+def filter_is_exact(lab: Lab, regime: Regime) -> bool:
+    """Whether the rows that score as least memorised are those not memorised, so that both arms are the same run."""
+    filtered, known = (lab.of(regime, name) for name in (SFT_FILTERED, SFT_UNMEMORISED))
+    return (
+        bool(filtered) and filtered.keys() == known.keys() and all(run.memorised_rows == 0 for run in filtered.values())
+    )
+
+
 def shown_arms(lab: Lab, found: Findings, *, references: bool = True) -> list[Arm]:
-    """Those that tell a regime's story: references, published, narrow, the grid's best, and their ablations."""
+    """Those that tell a regime's story: references, published, narrow, the setting chosen beforehand (where there is
+    none, the grid's best), and their ablations.
+    """
+    main = lab.arms[lab.chosen] if lab.of(found.regime, lab.chosen) else found.best
     arms = lab.arms_in(found.regime, "reference") if references else []
-    for arm in [*lab.arms_in(found.regime, "published", "narrow"), *([found.best] if found.best else [])]:
+    for arm in [*lab.arms_in(found.regime, "published", "narrow"), *([main] if main else [])]:
         ablation = lab.ablation_of(arm)
         arms += [arm, ablation] if ablation and lab.of(found.regime, ablation.name) else [arm]
     return arms
@@ -163,6 +221,12 @@ def shown_rows(lab: Lab, part: str, found: Findings) -> list[Mapping[str, Any]]:
 def counterpart(lab: Lab, regime: Regime, option: Arm) -> Arm | None:
     """The arm that an option changes, where it was run."""
     return next((lab.arms[name] for name in option.of if lab.of(regime, name)), None)
+
+
+def unchanged(lab: Lab, found: Findings, group: str) -> list[Arm]:
+    """The arms that those of a group change, where both were run."""
+    plain = (counterpart(lab, found.regime, arm) for arm in lab.arms_in(found.regime, group))
+    return list({arm.name: arm for arm in plain if arm}.values())
 
 
 def _terms(lab: Lab, regime: Regime) -> list[Terms]:

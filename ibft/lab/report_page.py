@@ -8,10 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from ibft.lab import report_conclusions as conclusions
 from ibft.lab.figures import Panel
+from ibft.lab.report_conclusions import of_regime
 from ibft.lab.report_data import Lab
 from ibft.lab.report_findings import COLLAPSED, Findings
+from ibft.lab.report_short import caveats, in_short
 from ibft.lab.report_tables import Table, tables
 
 _STYLE = """
@@ -67,15 +68,20 @@ _CAPTIONS = {
     "terms": "Difference to SFT with 95% intervals, paired by seed. Right of the line is better than SFT. Filled: both "
     "terms. Hollow: only an extra prediction head at the layer. A filled mark right of its hollow one says that "
     "compressing helps; left of it, that it costs.",
-    "grid": "Each cell: difference to SFT in points on held-out tasks, and the KL in nats per token that the posterior "
-    "ended at. Orange is better than SFT, purple worse; the colours of a regime's two maps share one scale. A star "
-    "and bold type: the 95% interval of this cell on its own excludes 0.",
+    "grid": "Each cell: difference to SFT in points on held-out tasks, and with KL what it ended at, nats per token. "
+    "Orange is better than SFT, purple worse; the colours of a regime's two maps share one scale. A star and bold "
+    "type: the 95% interval of this cell on its own excludes 0.",
     "collapse": "The bottleneck while fine-tuning: KL between the posterior and its prior (the dotted line is where we "
     "call it collapsed), the cross-entropy of the labels predicted through the bottleneck, and the share of its "
     "dimensions that are active. Lines are means over seeds, bands reach from the lowest to the highest seed.",
+    "options": "Difference on held-out tasks to the same setting without the option, with 95% intervals, paired by "
+    "seed; and the KL over time of both (lines are means over seeds, bands reach from the lowest to the highest).",
+    "layers": "Difference on held-out tasks to the same setting at the default layer, with 95% intervals, paired by "
+    "seed.",
     "densities": "Distribution of Min-K% Prob over rows, one ridge for each model, all seeds together; every curve has "
     "the same height. Where the training rows stand to the right of rows that the model cannot have seen, it has "
-    "memorised them.",
+    "memorised them. Memorised training rows: those that the regime's base has memorised; the reference base has read "
+    "none.",
     "representation": "L2 distance between the mean hidden states of the training rows whose programs the base "
     "scores highest and lowest, at the layer that IB-FT reads by default, divided by the spread within the groups, so "
     "that it does not depend on the scale of the hidden states. A point is a seed with its 95% interval; grey: the "
@@ -90,7 +96,7 @@ _CAPTIONS = {
 def page(lab: Lab, all_found: Sequence[Findings], panels: Sequence[Panel]) -> str:
     """The whole page."""
     shown = tables(lab, all_found)
-    said = {found.regime.title: conclusions.of_regime(lab, found) for found in all_found}
+    said = {found.regime.title: of_regime(lab, found) for found in all_found}
     parts = [*_opening(lab, all_found), *_explanation(lab)]
     for section, (title, text) in _SECTIONS.items():
         sentences = {regime: of[section] for regime, of in said.items() if section in of}
@@ -116,6 +122,12 @@ _SECTIONS = {  # by name: title, and what to know beforehand
         "reference base as many other ones, equally often. So they differ in what they know by heart, and not in how "
         "much. If that made no difference, both would learn equally well to follow descriptions.",
     ),
+    "crossed": (
+        "Name or description?",
+        "After fine-tuning, each training task's description is put above the name of the next one. Which of the two "
+        "programs is written tells what the model goes by; the rest is neither, or programs that do the same. Both "
+        "tasks were in the fine-tuning data, so this is no measure of how well it follows new descriptions.",
+    ),
     "arms": (
         "What IB-FT changes",
         "Every arm starts from the base that has memorised, unless it says otherwise or the regime has none, and "
@@ -137,6 +149,18 @@ _SECTIONS = {  # by name: title, and what to know beforehand
         "What the bottleneck can tell its predictor about a token is at most KL (in nats). Below "
         f"{COLLAPSED:g} nats it tells next to nothing: the posterior has collapsed onto its prior, the auxiliary "
         "prediction learns little more than how frequent tokens are, and hardly shapes the hidden states.",
+    ),
+    "options": (
+        "Other options",
+        "Options of ibft train on how much passes the bottleneck, each against the same (alpha, beta) without it: "
+        "alpha warmed up over the first half of the steps, nats that cost nothing (free bits), and a rate held by "
+        "adapting the weight of KL. They are meant against a collapse; where there is none, they only let more or less "
+        "through.",
+    ),
+    "layers": (
+        "Other layers",
+        "The bottleneck reads one layer, by default at the published relative depth. Here it reads others, all else "
+        "being the same.",
     ),
     "densities": (
         "What the models have memorised",
@@ -171,23 +195,20 @@ def _opening(lab: Lab, all_found: Sequence[Findings]) -> Iterable[str]:
         "model, and what information-bottleneck fine-tuning (IB-FT, arXiv 2510.16022) changes.</p>"
     )
     facts = [
-        _count(len(lab.regimes), "regime"), _count(len(lab.arms), "way", "ways") + " of fine-tuning",
+        _count(len(lab.regimes), "regime"), _count(len({arm for _, arm in lab.runs}), "way") + " of fine-tuning",
         _count(runs, "run"), _count(len(seeds), "seed"),
     ]  # fmt: skip
-    pieces = raw.get("pieces") or {}
-    if pieces.get("done") != pieces.get("planned"):
-        facts.append(f"{pieces['done']} of {pieces['planned']} pieces")
     if raw.get("processor_seconds"):
         facts.append(f"{_duration(raw['processor_seconds'])} of processor time")
     if raw.get("device"):
         facts.append(str(raw["device"]))
     yield f'<p class="meta">{escape(" · ".join(facts))}<br><code>{escape(str(raw.get("command", "")))}</code></p>'
     yield '<section class="short" id="short"><h2>In short</h2>'
-    yield _list(conclusions.in_short(lab, all_found))
+    yield _list(in_short(lab, all_found))
     yield "</section>"
     regimes = "; ".join(f"“{regime.name}”, {regime.title}" for regime in lab.regimes)
-    if warning := conclusions.warning(all_found):
-        yield f'<p class="warning"><strong>One seed.</strong> {escape(warning)}</p>'
+    for caveat in caveats(lab, all_found):
+        yield f'<p class="warning"><strong>{escape(caveat.title)}</strong> {escape(caveat.text)}</p>'
     yield (
         f'<p class="note">The regimes: {escape(regimes)}. SFT is plain supervised fine-tuning. In brackets: '
         "differences in "
@@ -318,8 +339,8 @@ def _list(sentences: Sequence[str]) -> str:
     return "<ul>" + "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences) + "</ul>"
 
 
-def _count(number: int, one: str, many: str | None = None) -> str:
-    return f"{number} {one if number == 1 else many or one + 's'}"
+def _count(number: int, one: str) -> str:
+    return f"{number} {one if number == 1 else one + 's'}"
 
 
 def _duration(seconds: Any) -> str:

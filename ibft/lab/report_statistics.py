@@ -66,9 +66,14 @@ def difference(a: Sequence[np.ndarray], b: Sequence[np.ndarray], *, comparisons:
     return _hull(per_seed, _agresti_min(np.concatenate(paired), confidence), confidence)
 
 
-def over_seeds(values: Sequence[float]) -> Estimate:
-    """The mean of a quantity that has no tasks (an AUC, a distance): Student's t, no interval for one seed."""
-    return _hull(tuple(float(value) for value in values), (math.nan, math.nan), CONFIDENCE)
+def over_seeds(values: Sequence[float], *, least: float = -math.inf, most: float = math.inf) -> Estimate:
+    """The mean of a quantity that has no tasks (an AUC, a distance): Student's t, no interval for one seed.
+
+    `least` and `most` are what the quantity cannot pass, and its interval does not.
+    """
+    found = _hull(tuple(float(value) for value in values), (math.nan, math.nan), CONFIDENCE)
+    low, high = np.clip([found.low, found.high], least, most).tolist()  # which leaves nan alone
+    return Estimate(found.value, low, high, found.per_seed)
 
 
 def pass_curve(counts: Sequence[Sequence[metrics.Count]], k: int) -> list[Estimate]:

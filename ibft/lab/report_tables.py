@@ -9,11 +9,11 @@ from typing import Any
 
 from ibft.evaluate.metrics import KS, metric_name
 from ibft.lab import report_statistics as statistics
-from ibft.lab.figures import model_title
-from ibft.lab.report_conclusions import number, percent, points
+from ibft.lab.figure_style import model_title
 from ibft.lab.report_data import SFT, Lab
-from ibft.lab.report_findings import Findings, shown_arms, shown_rows
+from ibft.lab.report_findings import CHANGES, Crossed, Findings, shown_arms, shown_rows
 from ibft.lab.report_statistics import Estimate
+from ibft.lab.report_words import listed, number, percent, points
 
 NONE = "–"
 
@@ -32,6 +32,7 @@ def tables(lab: Lab, all_found: Sequence[Findings]) -> list[Table]:
     """All tables that have rows."""
     every = [
         _bases(lab),
+        _crossed(lab, all_found),
         held_out(lab, all_found),
         _terms(all_found),
         _bottlenecks(lab, all_found),
@@ -51,8 +52,42 @@ def held_out(lab: Lab, all_found: Sequence[Findings]) -> Table:
         if any(arm.name in found.held_out for found in all_found)
     ]
     legend = "; ".join(f"{found.regime.name}: {found.regime.title}" for found in all_found)
-    caption = f"Held-out tasks solved greedily, % (95% interval). {legend}."
+    caption = f"Held-out tasks solved greedily, % (95% interval). {legend}.{_shared(lab)}"
     return Table("arms", caption, ["arm", *(found.regime.name for found in all_found)], rows)
+
+
+def _shared(lab: Lab) -> str:
+    """Which regimes list the same runs, which are therefore no independent evidence."""
+    sharing: dict[str, dict[str, None]] = {}  # by where the runs are: who lists them, in order
+    for (regime, _), runs in lab.runs.items():
+        for source in {run.shared for run in runs.values() if run.shared}:
+            sharing.setdefault(source, {})[regime] = None
+    names = {regime.name for regime in lab.regimes}
+    places = [[*regimes, *([source] if source in names else [])] for source, regimes in sharing.items()]
+    return "".join(
+        f" From the reference base, {listed(each)} list the same runs: differences to them are not independent."
+        for each in places
+        if len(each) > 1
+    )
+
+
+def _crossed(lab: Lab, all_found: Sequence[Findings]) -> Table:
+    shown = {arm.name for found in all_found for arm in shown_arms(lab, found) if arm.name in found.crossed}
+    rows = [
+        [arm.title, *(_obeyed(found.crossed.get(arm.name)) for found in all_found)]
+        for arm in lab.arms.values()
+        if arm.name in shown
+    ]
+    caption = (
+        "One training task's description above the name of another: % of the prompts whose greedy program is the "
+        "described one / the named one, means over seeds. Names are such as the base has memorised, where it has; "
+        "every model has seen all of them in fine-tuning, but for arms that leave rows out."
+    )
+    return Table("crossed", caption, ["arm", *(found.regime.name for found in all_found)], rows)
+
+
+def _obeyed(found: Crossed | None) -> str:
+    return f"{100 * found.description.value:.1f} / {100 * found.name.value:.1f}" if found else NONE
 
 
 def _share(found: Estimate | None) -> str:
@@ -87,7 +122,7 @@ def _bases(lab: Lab) -> Table:
                 shares = ("recall", "decoy_recall", "held_out_recall")
                 losses = ("name_loss", "decoy_name_loss", "held_out_name_loss")
                 rows.append([
-                    regime.title,
+                    regime.name,
                     title,
                     *(cell(found, name, percent) for name in shares),
                     *(cell(found, name, number) for name in losses),
@@ -128,7 +163,7 @@ def _terms(all_found: Sequence[Findings]) -> Table:
 def _bottlenecks(lab: Lab, all_found: Sequence[Findings]) -> Table:
     rows = []
     for found in all_found:
-        for arm in [*shown_arms(lab, found, references=False), *lab.arms_in(found.regime, "option", "layer")]:
+        for arm in [*shown_arms(lab, found, references=False), *lab.arms_in(found.regime, *CHANGES)]:
             bottleneck = found.bottlenecks.get(arm.name)
             if bottleneck is None:
                 continue
@@ -156,11 +191,13 @@ def _separations(lab: Lab, all_found: Sequence[Findings]) -> Table:
     for found in all_found:
         grouped: dict[tuple[str, str, str, str], list[tuple[float, float]]] = {}
         for row in shown_rows(lab, "separations", found):
+            if row["model"] in lab.arms and lab.arms[row["model"]].group in ("ablation", "narrow"):
+                continue
             score = "by name alone" if row.get("named") else "as rows"
             key = (row["model"], row["a"].replace("_", "-"), row["b"].replace("_", "-"), str(score))
             grouped.setdefault(key, []).append((row["auc"], row["ks"]))
         for (model, a, b, score), values in grouped.items():
-            auc, ks = (statistics.over_seeds(column) for column in zip(*values, strict=True))
+            auc, ks = (statistics.over_seeds(column, least=0, most=1) for column in zip(*values, strict=True))
             which = f"{found.regime.name}: {model_title(lab, model)}"
             rows.append([which, f"{a} against {b}", score, _plain(auc, 3), _plain(ks, 3), str(len(values))])
     caption = (
@@ -179,7 +216,7 @@ def _representation(lab: Lab, found_all: Sequence[Findings]) -> Table:
             grouped.setdefault(row["model"], []).append(row)
         for model, entries in grouped.items():
             separation, l2, angle = (
-                statistics.over_seeds([value(entry) for entry in entries])
+                statistics.over_seeds([value(entry) for entry in entries], least=0)
                 for value in (
                     lambda entry: entry["separation"]["value"], lambda entry: entry["l2"],
                     lambda entry: entry["angle_degrees"],
@@ -212,7 +249,7 @@ def _everything(lab: Lab, found: Findings) -> Table:
     k = max((k for k in KS if k <= fewest), default=0)
     names = list(dict.fromkeys(metric_name(k, m) for k, m in ((1, 1), (k, 1), (k, (k + 1) // 2), (k, k)) if k))
     columns = ["arm", "training", "held-out", "against SFT", "against no KL", *(name.capitalize() for name in names)]
-    columns += ["KL", "CE_ib", "seeds"]
+    columns += ["KL", "CE_ib", "rows", "memorised", "epochs", "seeds"]
     rows = []
     for name, share in found.held_out.items():
         runs = lab.of(found.regime, name)
@@ -227,14 +264,25 @@ def _everything(lab: Lab, found: Findings) -> Table:
                 *metrics,
                 number(bottleneck.kl.value) if (bottleneck := found.bottlenecks.get(name)) else NONE,
                 number(bottleneck.ce_ib.value) if bottleneck else NONE,
+                *(
+                    _whole([getattr(run, field) for run in runs.values()])
+                    for field in ("rows", "memorised_rows", "epochs")
+                ),
                 str(len(runs)),
             ]
         )
     caption = (
         f"{found.regime.title}. Training and held-out: % solved greedily; differences in points; Pass@k^(m) in %, of "
-        "the sampled programs; KL and CE_ib at the end, in nats per token; means over seeds, 95% intervals."
+        "the sampled programs; KL and CE_ib at the end, in nats per token; means over seeds, 95% intervals. Rows that "
+        "it was trained on, how many of them the base has memorised, and epochs."
     )
     return Table("everything", caption, columns, rows)
+
+
+def _whole(values: Sequence[int | None]) -> str:
+    """ "75", or "30–41" where seeds differ."""
+    known = [value for value in values if value is not None]
+    return "–".join(str(value) for value in sorted({min(known), max(known)})) if known else NONE
 
 
 def _metric(lab: Lab, found: Findings, arm: str, metric: str) -> str:

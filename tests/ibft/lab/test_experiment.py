@@ -5,15 +5,23 @@ import fcntl
 import itertools
 import json
 import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from ibft.errors import InputError
+from ibft.cli import main
+from ibft.errors import FailedElsewhere, InputError, Interrupted
 from ibft.evaluate.metrics import pass_at_k_m
-from ibft.lab.experiment import LabConfig, run_lab
+from ibft.lab import experiment
+from ibft.lab.experiment import LabConfig, Piece, run_lab
 from ibft.lab.jobs import RESULT_NAME, Tasks
 from ibft.lab.language import run_program
 from ibft.lab.plan import CHOSEN_NAME, MIXED, NONE, Plan, full_plan, quick_plan
@@ -174,10 +182,13 @@ def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
         run(tmp_path, toy_plan())
 
 
-def test_a_piece_that_fails_ends_the_experiment_with_its_error(tmp_path: Path) -> None:
+def test_a_piece_that_fails_ends_the_experiment_with_its_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(InputError, match="number of tasks"):
-        run(tmp_path / "out", toy_plan(other_programs=10**8))
+        run(tmp_path / "out", toy_plan(other_programs=10**8, seeds=(2, 3)))
     assert not list(tmp_path.rglob(RESULT_NAME))
+    assert "trials on the seeds 0, 1, 2; what they gain on seed 2 flatters them" in capsys.readouterr().err
 
 
 def test_the_report_is_made_of_what_did_not_fail(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -190,8 +201,146 @@ def test_the_report_is_made_of_what_did_not_fail(tmp_path: Path, capsys: pytest.
     results = read(tmp_path)
     assert results["pieces"] == {"planned": 7, "done": 6}
     assert {run["arm"] for run in results["runs"]} == {"sft", "sft-reference", "sft-filtered"}
-    assert "6 of 7 pieces" in (tmp_path / "report.html").read_text()
-    assert "failed: " in capsys.readouterr().err
+    assert "6 of the 7 pieces" in (tmp_path / "report.html").read_text()
+    error = capsys.readouterr().err
+    assert "failed: " in error and "trials on the seeds" not in error
+
+
+def test_a_report_of_what_there_is(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    before = read(folder)
+    assert main(["lab", "report", str(folder)]) == 0
+    assert read(folder) == before
+    (folder / "results.json").unlink()
+    (folder / "runs/mixed/ib-published/seed-3" / RESULT_NAME).unlink()
+    assert main(["lab", "report", str(folder)]) == 0
+    assert "11 of the 12 pieces" in " ".join(capsys.readouterr().out.split())
+    assert "11 of the 12 pieces" in (folder / "report.html").read_text()
+    after = read(folder)
+    assert after["pieces"] == {"planned": 12, "done": 11}
+    assert after["runs"] == [run for run in before["runs"] if (run["regime"], run["arm"]) != ("mixed", "ib-published")]
+    for part in ("bases", "runs"):  # as results are handed on: without the pieces
+        shutil.rmtree(folder / part)
+    assert main(["lab", "report", str(folder)]) == 0
+    assert read(folder) == after
+
+
+def test_a_folder_without_anything_to_report_is_left_alone(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bases").mkdir()
+    plan = json.loads((finished / "lab.json").read_text())
+    for found, message in (
+        (plan, "holds no finished fine-tuning yet"),
+        ({**plan, "sedes": [1]}, "an experiment that this version cannot read (TypeError: "),
+        ([], "an experiment that this version cannot read (TypeError: "),
+    ):
+        (tmp_path / "lab.json").write_text(json.dumps(found))
+        assert main(["lab", "report", str(tmp_path)]) == 2
+        assert message in capsys.readouterr().err
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["bases", "lab.json"]
+
+
+def holding(file: Path) -> str:
+    """What locks a file for as long as its process lives."""
+    return (
+        f"import fcntl, time; file = open({str(file)!r}, 'w'); fcntl.flock(file, fcntl.LOCK_EX); "
+        "print('held', file=file, flush=True); time.sleep(600)"
+    )
+
+
+def wait_until_held(file: Path, process: "subprocess.Popen[str]") -> None:
+    while not file.exists() or file.read_text() != "held\n":
+        assert process.poll() is None
+        time.sleep(0.05)
+
+
+def wait_until_free(file: Path) -> None:
+    """Fails by the test's own time-out if the process that holds it lives on."""
+    deadline = time.monotonic() + 60
+    with open(file) as held:
+        while True:
+            try:
+                return fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                assert time.monotonic() < deadline, "the process lives on"
+                time.sleep(0.05)
+
+
+def test_a_process_ends_with_the_one_that_started_it(tmp_path: Path) -> None:
+    script = (
+        "from pathlib import Path; from ibft.lab.experiment import Piece, _run_pieces; "
+        f"_run_pieces([Piece(Path({str(tmp_path)!r}), (), exec, ({holding(tmp_path / 'lock')!r}, {{}}), str)], 1)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script], text=True)
+    wait_until_held(tmp_path / "lock", parent)
+    parent.kill()
+    parent.wait()
+    wait_until_free(tmp_path / "lock")
+
+
+def test_ctrl_c_ends_all_processes_with_one_sentence(tmp_path: Path) -> None:
+    done = f"open({str(tmp_path / 'result.json')!r}, 'w').write('{{}}')"  # whose process then has nothing to do
+    script = (
+        "import sys; from ibft.cli import main; from ibft.lab import experiment; "
+        "experiment._pieces = lambda plan, output: "
+        f"iter([experiment.Piece(output / '..', (), exec, ({done!r}, {{}}), str), "
+        f"experiment.Piece(output, (), exec, ({holding(tmp_path / 'lock')!r}, {{}}), str)]); "
+        f"sys.exit(main(['lab', '--quick', '--output_dir', {str(tmp_path / 'out')!r}, '--workers', '2']))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    wait_until_held(tmp_path / "lock", process)
+    while not (tmp_path / "result.json").exists():
+        time.sleep(0.05)
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, error = process.communicate(timeout=60)
+    assert error == "ibft: interrupted; the same command goes on where it stopped.\n"
+    assert process.returncode == 128 + signal.SIGINT
+    wait_until_free(tmp_path / "lock")
+
+
+def test_a_piece_that_is_interrupted_says_how_the_experiment_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    again = pickle.loads(pickle.dumps(Interrupted("stopped; --resume goes on.", signal.SIGTERM)))
+    assert (str(again), again.number) == ("stopped; --resume goes on.", signal.SIGTERM)
+    code = "from ibft.errors import Interrupted; raise Interrupted('stopped; --resume goes on.', 15)"
+    monkeypatch.setattr(experiment, "_pieces", lambda *_: iter([Piece(tmp_path, (), exec, (code, {}), str)]))
+    assert main(["lab", "--quick", "--output_dir", str(tmp_path), "--workers", "1"]) == 128 + 15
+    assert capsys.readouterr().err == "ibft: interrupted; the same command goes on where it stopped.\n"
+
+
+def test_a_run_goes_on_after_one_of_its_processes_was_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = toy_plan()
+    plan = dataclasses.replace(
+        plan,
+        regimes=(dataclasses.replace(plan.regimes[0], reference=None),),
+        arms=tuple(arm for arm in plan.arms if arm.name in ("sft", "sft-half")),
+    )
+    killed = {"run": exec, "arguments": ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", {})}
+    pieces = [
+        piece._replace(**killed) if piece.folder.parent.name == "sft-half" else piece
+        for piece in experiment._pieces(plan, tmp_path)
+    ]
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "_pieces", lambda *_: iter(pieces))
+        with pytest.raises(FailedElsewhere, match=r"was killed .*memory.* the same command goes on where it stopped"):
+            run(tmp_path, plan)
+    assert read(tmp_path)["pieces"] == {"planned": 4, "done": 3}
+    capsys.readouterr()
+    run(tmp_path, plan)
+    assert "1 of them to do" in capsys.readouterr().out
+    assert read(tmp_path)["pieces"] == {"planned": 4, "done": 4}
 
 
 def test_a_folder_that_is_in_use_is_refused(finished: Path) -> None:
@@ -218,7 +367,7 @@ def test_tasks_of_a_seed_are_apart() -> None:
 
 
 def test_each_product_of_weights_has_one_ablation_and_the_published_settings_are_those_of_the_preset() -> None:
-    from ibft.config import preset_values
+    from ibft.arguments import preset_values
 
     arms = {arm.name: arm for arm in full_plan((0,)).arms}
     ablations = [arm for arm in arms.values() if arm.group == "ablation"]

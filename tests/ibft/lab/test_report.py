@@ -19,11 +19,13 @@ from scipy import stats
 from ibft.cli import main
 from ibft.errors import InputError
 from ibft.evaluate.metrics import Count, pass_at_k_m
-from ibft.lab import report_conclusions as conclusions
 from ibft.lab import report_statistics as statistics
+from ibft.lab.plan import full_plan
 from ibft.lab.report import write_report
+from ibft.lab.report_conclusions import of_regime
 from ibft.lab.report_data import load
 from ibft.lab.report_findings import Findings, find
+from ibft.lab.report_short import in_short
 
 TASKS, SAMPLES = 100, 5
 
@@ -46,6 +48,7 @@ ARMS = [
     *(arm(f"ib-{a:g}-{b:g}-no-kl", "ablation", a, b, of=[f"ib-{a:g}-{b:g}"]) for a in (0.1, 1.0) for b in (0.1, 1.0)),
     arm("ib-narrow", "narrow", 0.2, 0.01),  # the same weights, but not what the option changes
     arm("free-bits", "option", 0.2, 0.01, of=["ib-published"]),
+    arm("layer-1", "layer", 0.2, 0.01, of=["ib-published"]),
 ]
 FEW = [each for each in ARMS if each["name"] in ("sft", "sft-reference", "ib-published", "ib-published-no-kl")]
 GRID = [each["name"] for each in ARMS if each["group"] == "grid"]
@@ -70,7 +73,8 @@ def run(name: str, regime: str, seed: int, share: float, kl: float | None) -> di
     return {
         "arm": name, "seed": seed, "regime": regime, "processor_seconds": 30.0,
         "file": f"runs/{regime}/{name}-{seed}.json",
-        "curve": curve, "training": {"greedy": 0.96},
+        "curve": curve, "training": {"greedy": 0.96}, "trained_rows": 100, "trained_memorised_rows": 50, "epochs": 20,
+        "crossed": ["description", "name", "neither", "description"],
         "held_out": {
             "greedy": float(np.mean(solved)), "correct_greedy": solved, "samples": SAMPLES, "correct": correct,
             "metrics": values,
@@ -100,6 +104,7 @@ def results(
             "example": {"name": "t1", "description": "add 2", "program": "def solve(xs):\n    return xs\n"},
         },
         "regimes": [{"name": regime, "title": f"Regime {regime}", "memorised": 150} for regime in regimes],
+        "pieces": {"planned": 7, "done": 7},
         "arms": list(arms),
         "bases": [
             {
@@ -152,7 +157,7 @@ def found(folder: Path, values: Mapping[str, Any]) -> tuple[list[str], dict[str,
     """The sentences in short, those of the first regime by section, and its findings."""
     lab = load(written(folder, values))
     all_found = [find(lab, regime) for regime in lab.regimes]
-    return conclusions.in_short(lab, all_found), conclusions.of_regime(lab, all_found[0]), all_found[0]
+    return in_short(lab, all_found), of_regime(lab, all_found[0]), all_found[0]
 
 
 class Page(HTMLParser):
@@ -217,7 +222,19 @@ def test_the_page_needs_nothing_else(folder: Path) -> None:
     assert len(page.ids) == len(set(page.ids))
     figures = sorted((folder / "figures").glob("*.svg"))
     assert page.tags.count("svg") == len(figures) > 10
-    for section in ("barrier", "arms", "terms", "grid", "collapse", "densities", "representation", "curves", "pass"):
+    drawn = (
+        "barrier",
+        "arms",
+        "terms",
+        "grid",
+        "collapse",
+        "options",
+        "layers",
+        "densities",
+        "representation",
+        "curves",
+    )
+    for section in (*drawn, "pass"):
         assert section in page.ids and any(figure.name.startswith(section) for figure in figures), section
 
 
@@ -337,9 +354,9 @@ def test_published_turns(tmp_path: Path) -> None:
         (0.05, "IB-FT ib-published is below SFT by 15.0 points"),
         (0.20, "IB-FT ib-published cannot be told from SFT: 0.0 points"),
     ):
-        short, sections, _ = found(tmp_path, results({"sft": 0.2, "ib-published": published}))
+        overall, sections, _ = found(tmp_path, results({"sft": 0.2, "ib-published": published}))
         assert any(sentence.startswith(expected) for sentence in sections["arms"]), sections["arms"]
-        assert any(expected in sentence for sentence in short)
+        assert any(expected in sentence for sentence in overall)
 
 
 def test_swapping_two_arms_swaps_the_sentence(tmp_path: Path) -> None:
@@ -357,12 +374,12 @@ def test_regimes_are_told_apart(tmp_path: Path) -> None:
         if row["arm"] == "ib-published" and row["regime"] != "two":
             changed = run("ib-published", row["regime"], row["seed"], 0.6 if row["regime"] == "one" else 0.1, 0.01)
             row["held_out"] = changed["held_out"]
-    short, _, _ = found(tmp_path, values)
+    overall, _, _ = found(tmp_path, values)
     expected = (
         "IB-FT ib-published is above SFT in “one” (+30.0), is below SFT in “three” (−20.0), and cannot be told from "
         "SFT in “two” (0.0)."
     )
-    assert expected in short
+    assert expected in overall
 
 
 @pytest.mark.parametrize(
@@ -384,12 +401,17 @@ def test_barrier_turns(tmp_path: Path, fresh: float, heading: str, short: str) -
 def test_gains_from_both_bases_are_compared(tmp_path: Path) -> None:
     arms = [*ARMS, arm("ib-1-1-reference", "reference", base="reference")]
     chosen = {"arm": "ib-1-1", "seeds": [7]}
-    for reference, expected in ((0.4, "gains more over SFT"), (0.8, "gains less over SFT"), (0.6, "as far as can be")):
+    for reference, expected, gain in (
+        (0.4, "gains more over SFT", "+20.0"),
+        (0.8, "gains less over SFT", "−20.0"),
+        (0.6, "cannot be told from noise (difference", "0.0"),
+    ):
         shares = {"sft": 0.2, "sft-reference": 0.4, "ib-1-1": 0.4, "ib-1-1-reference": reference}
-        short, sections, each = found(tmp_path, {**results(shares, arms=arms), "chosen": chosen})
+        overall, sections, each = found(tmp_path, {**results(shares, arms=arms), "chosen": chosen})
         assert each.gains and each.gains.value == pytest.approx(0.2 - (reference - 0.4))
-        assert expected in sections["barrier"][1]
-        assert any("chosen beforehand in trials on seed 7, is above SFT by 20.0" in sentence for sentence in short)
+        assert any(expected in sentence for sentence in sections["arms"])
+        assert any("chosen beforehand in trials on seed 7, is above SFT by 20.0" in sentence for sentence in overall)
+        assert any(f"from the reference base, in points with 95% intervals: {gain} in" in each for each in overall)
 
 
 @pytest.mark.parametrize(
@@ -436,7 +458,7 @@ def test_choosing_the_best_of_a_grid_costs_certainty(tmp_path: Path) -> None:
     ("kl", "regime", "short"),
     [
         (0.01, "the posterior collapses: KL ends at 0.01 nats per token, 25% of its", "collapses in 3 of 3 runs"),
-        (2.5, "the posterior does not collapse: KL ends at 2.5 nats per token", "does not collapse in any of 3 runs"),
+        (2.5, "the posterior does not collapse: KL ends at 2.5 nats per token", "the posterior does not collapse"),
     ],
 )
 def test_collapse_turns(tmp_path: Path, kl: float, regime: str, short: str) -> None:
@@ -460,20 +482,140 @@ def test_collapse_of_some_seeds(tmp_path: Path) -> None:
 
 
 def test_remedies_are_held_against_the_same_setting(tmp_path: Path) -> None:
-    for remedy, expected in ((0.5, "is above"), (0.1, "is below")):
-        shares = {"ib-published": 0.3, "free-bits": remedy, "sft": 0.9}
-        short, sections, _ = found(tmp_path, results(shares))
-        (sentence,) = (each for each in sections["collapse"] if "free-bits" in each)
-        assert f"free-bits {expected} IB-FT ib-published as it is by 20.0 points" in sentence
-        count = {"is above": "1 are above and 0 below", "is below": "0 are above and 1 below"}[expected]
-        assert any(count in each for each in short)
+    for group, name, what in (("option", "free-bits", "Options, each"), ("layer", "layer-1", "Other layers, each")):
+        for remedy, expected in ((0.5, "is above"), (0.1, "is below"), (0.3, "cannot be told from")):
+            overall, sections, _ = found(tmp_path, results({"ib-published": 0.3, name: remedy, "sft": 0.9}))
+            (sentence,) = (each for each in sections[f"{group}s"] if name in each)
+            assert f"{name}, {expected} IB-FT ib-published as it is" in sentence
+            assert ("by 20.0 points" in sentence) == (remedy != 0.3)
+            counted = f"IB-FT {name}" if remedy != 0.3 else "1 cannot be told from it."
+            (count,) = (each for each in overall if each.startswith(what))
+            assert counted in count and expected.removeprefix("is ").removesuffix(" from") in count
+        one, _, _ = found(tmp_path, results({"ib-published": 0.3, name: 0.5}, seeds=(0,)))
+        assert not any(each.startswith(what) for each in one), "nothing is counted of one seed"
+
+
+def test_options_say_whether_there_is_a_collapse_and_what_they_do_to_kl(tmp_path: Path) -> None:
+    for kl, with_option, before, after in (
+        (0.01, 8.0, "the options the posterior collapses in 3 of 3 runs: KL ends at 0.01", "instead of 0.01, looser"),
+        (12.0, 8.0, "Nothing collapses here without the options", "at 8 nats per token instead of 12, tighter"),
+        (12.0, 12.5, "have no collapse to prevent: KL ends at 12 with", "12.5 nats per token instead of 12, about"),
+    ):
+        values = results(kl=kl)
+        for row in values["runs"]:
+            if row["arm"] == "free-bits":
+                for record in row["curve"]:
+                    record["kl_nats"] = with_option
+        _, sections, _ = found(tmp_path, values)
+        assert before in sections["options"][0] and after in sections["options"][1]
+        assert not any("free-bits" in each for each in sections["collapse"])
+
+
+def test_noise_between_trainings_against_a_hand_computation(tmp_path: Path) -> None:
+    again = [arm(f"sft-again-{n}", "repeat", of=["sft"]) for n in (1, 2)]
+    values = results(arms=[*FEW, *again], seeds=(0, 1))
+    counts = {("sft", 0): 40, ("sft-again-1", 0): 44, ("sft-again-2", 0): 48, ("sft", 1): 60, ("sft-again-1", 1): 50}
+    for row in values["runs"]:
+        if (row["arm"], row["seed"]) in counts:
+            row["held_out"]["correct_greedy"] = [n < counts[row["arm"], row["seed"]] for n in range(TASKS)]
+    values["runs"] = [row for row in values["runs"] if (row["arm"], row["seed"]) != ("sft-again-2", 1)]
+    _, sections, each = found(tmp_path, values)
+    # Within the first base the squares are 16 + 0 + 16 of 2 degrees of freedom, in the second 25 + 25 of 1; in points.
+    assert [(noise.arm.name, noise.trainings, noise.bases) for noise in each.noises] == [("sft", 5, 2)]
+    assert 100 * each.noises[0].deviation == pytest.approx(math.sqrt((32 + 50) / 3))
+    (sentence,) = (each for each in sections["barrier"] if "another training seed" in each)
+    assert "a standard deviation of 5.2 points (5 trainings on 2 bases)" in sentence
+    assert "can lie 14 points apart" in sentence  # 1.96 * sqrt(2) * 5.23
+
+
+def test_what_decides_where_name_and_description_disagree(tmp_path: Path) -> None:
+    for description, name, expected in (
+        (30, 2, "The description decides and not the name: "),
+        (2, 30, "The name decides and not the description: "),
+        (20, 20, "Neither the name nor the description decides alone: "),
+    ):
+        values = results()
+        for row in values["runs"]:
+            row["crossed"] = ["description"] * description + ["name"] * name + ["neither"] * (40 - description - name)
+        overall, sections, each = found(tmp_path, values)
+        (sentence,) = sections["crossed"]
+        shares = f"{100 * description / 40:.1f}% and {100 * name / 40:.1f}%"
+        assert sentence.startswith(expected) and f"SFT {shares}" in sentence
+        assert any(f"“mixed” ({shares})" in sentence and expected.lower() in sentence for sentence in overall)
+        wilson = stats.binomtest(3 * name, 120).proportion_ci(method="wilson")
+        assert each.crossed["sft"].name.high == pytest.approx(wilson.high)
+    _, sections, _ = found(tmp_path, results(seeds=(0,)))
+    assert sections["crossed"][0].startswith("Under the name of")  # no verdict on one seed
+
+
+def test_crossed_prompts_count_where_the_name_is_memorised(tmp_path: Path) -> None:
+    values = results()
+    values["regimes"][0]["memorised"] = 2
+    for row in values["runs"]:  # the names are those of the tasks 1, 2, 3 and 0, of which 0 and 1 are memorised
+        row["crossed"] = ["name", "neither", "neither", "description"]
+    _, _, each = found(tmp_path, values)
+    assert (each.crossed["sft"].name.value, each.crossed["sft"].description.value) == (0.5, 0.5)
+    values["regimes"][0]["memorised"] = 0
+    _, _, each = found(tmp_path, values)
+    assert (each.crossed["sft"].name.value, each.crossed["sft"].description.value) == (0.25, 0.25)
+
+
+def test_arms_that_leave_rows_out_say_how_many(tmp_path: Path) -> None:
+    values = results()
+    for row in values["runs"]:
+        if row["arm"] == "sft-filtered":
+            row.update(trained_rows=75, trained_memorised_rows=3 * row["seed"], epochs=60)
+    _, sections, _ = found(tmp_path, values)
+    assert any("FILTERED (75 rows, 0 to 6 of them memorised, 60 epochs)" in each for each in sections["arms"])
+    write_report(tmp_path)
+    rows = Page((tmp_path / "report.html").read_text()).rows
+    (row,) = (row for row in rows if row[0] == "SFT-FILTERED" and len(row) > 10)
+    assert row[-4:] == ["75", "0–6", "60", "3"]
+
+
+def test_shared_runs_are_said_to_be_shared(tmp_path: Path) -> None:
+    values = results(regimes=("one", "two", "none"), seeds=(0, 1), arms=FEW)
+    for row in values["runs"]:
+        if row["arm"] == "sft-reference" and row["regime"] != "none":
+            row["shared"] = "none"
+    write_report(written(tmp_path, values))
+    text = "".join(Page((tmp_path / "report.html").read_text()).text)
+    assert "From the reference base, one, two and none list the same runs" in text
+    for row in values["runs"]:
+        row.pop("shared", None)
+    write_report(written(tmp_path, values))
+    assert "list the same runs" not in (tmp_path / "report.html").read_text()
+
+
+def test_every_group_of_the_plan_has_its_place(tmp_path: Path) -> None:
+    planned = {arm.group for arm in full_plan((10,)).arms}
+    assert planned == {each["group"] for each in ARMS} | {"repeat"}
+
+
+def test_intervals_stay_within_what_a_quantity_can_be() -> None:
+    wide = statistics.over_seeds([0.99, 0.6, 0.98])
+    free = stats.t.interval(0.95, 2, loc=np.mean([0.99, 0.6, 0.98]), scale=stats.sem([0.99, 0.6, 0.98]))
+    assert (wide.low, wide.high) == pytest.approx(free) and wide.high > 1
+    clamped = statistics.over_seeds([0.99, 0.6, 0.98], least=0, most=1)
+    assert (clamped.low, clamped.high) == (pytest.approx(free[0]), 1)
+    assert statistics.over_seeds([0.01, 0.4], least=0, most=1).low == 0
+    assert math.isnan(statistics.over_seeds([0.5], least=0, most=1).low)
+
+
+def test_separations_on_the_page_stay_within_their_range(tmp_path: Path) -> None:
+    values = results()
+    for row in values["separations"]:
+        row["auc"], row["ks"] = [(1.0, 1.0), (0.6, 0.2), (1.0, 1.0)][row["seed"]]
+    write_report(written(tmp_path, values))
+    (row,) = (row for row in Page((tmp_path / "report.html").read_text()).rows if len(row) == 6 and row[-1] == "3")
+    assert re.fullmatch(r"0\.867 \(0\.\d+ to 1\.000\)", row[3]) and row[4] == "0.733 (0.000 to 1.000)"
 
 
 def test_settings_are_counted(tmp_path: Path) -> None:
     _, sections, _ = found(tmp_path, results({"sft": 0.3, "ib-0.1-1": 0.6, "ib-1-1": 0.1, "ib-1-0.1": 0.05}))
     assert sections["grid"] == [
         "Of the grid's 4 settings, each judged on its own, 1 is above SFT (at (0.1, 1)) and 2 below it (at (1, 0.1) "
-        "and (1, 1)); without any effect, about 0.2 would still be so. The differences reach from −25.0 to +30.0 "
+        "and (1, 1)); by chance alone, about 0.2 would differ. The differences reach from −25.0 to +30.0 "
         "points."
     ]
 
@@ -489,6 +631,40 @@ def test_one_seed_is_warned_of_and_has_intervals_over_tasks(tmp_path: Path) -> N
     assert "of 1 seeds" not in text and "nan" not in text
     three = written(tmp_path / "three", results(arms=FEW))
     assert "one seed" not in write_report(three)
+
+
+def test_groups_of_rows_that_lie_as_by_chance_are_counted(tmp_path: Path) -> None:
+    values = results()
+    for row in values["representation"]:
+        row["p_l2"] = (0.2, 0.01, 0.06)[row["seed"]]
+    _, sections, _ = found(tmp_path, values)
+    assert sections["representation"] == [
+        "The two groups lie no farther apart than random groups may: SFT 2 of 3 seeds."
+    ]
+
+
+def test_seeds_of_the_trials_are_warned_of(tmp_path: Path) -> None:
+    chosen = {"chosen": {"arm": "ib-published", "seeds": [0, 1, 2]}}
+    for seeds, expected in (
+        ((1, 2, 3), "chosen in trials on seeds 0, 1 and 2, and seeds 1 and 2 are some of those"),
+        ((2, 3), "chosen in trials on seeds 0, 1 and 2, and seed 2 is one of those"),
+        ((3, 4), None),
+    ):
+        folder = written(tmp_path, {**results(arms=FEW, seeds=seeds), **chosen})
+        printed = " ".join(write_report(folder).split())
+        text = "".join(Page((folder / "report.html").read_text()).text)
+        for shown in (printed, text, (folder / "summary.md").read_text()):
+            assert (expected or "flatters") in shown if expected else "flatters" not in shown
+
+
+def test_a_part_of_the_experiment_is_said_to_be_one(tmp_path: Path) -> None:
+    printed = write_report(written(tmp_path, {**results(arms=FEW), "pieces": {"planned": 284, "done": 95}}))
+    for shown in (
+        " ".join(printed.split()),
+        (tmp_path / "report.html").read_text(),
+        (tmp_path / "summary.md").read_text(),
+    ):
+        assert "95 of the 284 pieces" in shown
 
 
 def without(values: dict[str, Any], *parts: str) -> dict[str, Any]:

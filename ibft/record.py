@@ -58,7 +58,15 @@ def describe_run(run: "Run") -> str:
     if run.start_step:
         lines.append(f"resuming      after step {run.start_step}")
     values = " ".join(f"{name}={value}" for name, value in config.to_dict().items() if value is not None)
-    return "\n".join([*lines, *textwrap.wrap(values, 118, initial_indent="configuration ", subsequent_indent=" " * 14)])
+    lines += textwrap.wrap(
+        values,
+        118,
+        initial_indent="configuration ",
+        subsequent_indent=" " * 14,
+        break_long_words=False,  # paths stay in one piece, to be copied
+        break_on_hyphens=False,
+    )
+    return "\n".join(lines)
 
 
 def _peak(run: "Run") -> str:
@@ -155,7 +163,8 @@ def _versions() -> dict[str, str | None]:
 def _where(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def short_count(count: int) -> str:

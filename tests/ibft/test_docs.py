@@ -1,6 +1,10 @@
-"""Every block of code in the README and in docs/ runs, page by page, its placeholder paths replaced by real ones."""
+"""What the README and docs/ say of the code is so: what can run runs, page by page, and what they name exists.
+
+Python and the commands of ibft run, with the placeholder paths replaced by real ones; `SHOWN` is not run.
+"""
 
 import ast
+import dataclasses
 import json
 import re
 import shlex
@@ -13,9 +17,18 @@ import pytest
 import trl
 from huggingface_hub.utils import disable_progress_bars
 
+from ibft.arguments import SOURCES
 from ibft.cli import main
+from ibft.config import TrainConfig
+from ibft.config_file import read_config_file
+from ibft.estimate.cli import EstimateConfig
+from ibft.evaluate import config as evaluation
+from ibft.export import ExportConfig
+from ibft.lab.experiment import LabConfig
 from ibft.lab.tasks import generate_tasks, write_jsonl
 from ibft.lab.tiny import build_llama, build_tokenizer, save_base
+from ibft.memorization import config as memorization
+from ibft.represent.cli import PlotConfig, RepresentConfig
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -31,6 +44,30 @@ OF_OTHERS = (
     "We couldn't connect",
     "padding_free=True",
 )
+# The dataclass whose fields are the flags of a command.
+FLAGS: dict[str, type] = {
+    "train": TrainConfig,
+    "eval": evaluation.EvalFlags,
+    "eval generate": evaluation.GenerateFlags,
+    "eval run": evaluation.RunFlags,
+    "eval report": evaluation.PlotFlags,
+    "eval compare": evaluation.ReportFlags,
+    "eval doctor": evaluation.DoctorFlags,
+    "estimate": EstimateConfig,
+    "memorization score": memorization.ScoreFlags,
+    "memorization plot": memorization.PlotFlags,
+    "memorization filter": memorization.FilterFlags,
+    "represent": RepresentConfig,
+    "represent plot": PlotConfig,
+    "export": ExportConfig,
+    "lab": LabConfig,
+}
+# What the pages name of other programs: pip, torchrun, hf, Docker, `transformers serve`, vLLM, our benchmarks' own.
+OTHER_FLAGS = {
+    *("no-build-isolation", "no-deps", "version", "help"),
+    *("nproc_per_node", "shutdown-timeout", "signals-to-handle", "local-dir", "security-opt", "cap-add"),
+    *("device", "port", "enable-lora", "lora-modules", "max-lora-rank", "plots"),
+}
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -106,6 +143,7 @@ def test_page(page: Path, real_paths: Callable[[str], str], tmp_path: Path, monk
                 assert main(trained_small(real_paths(command))) == 0, command
         elif language == "yaml":
             (tmp_path / "run.yaml").write_text(real_paths(code))
+            TrainConfig.from_dict(read_config_file(str(tmp_path / "run.yaml"), TrainConfig))
         elif language == "diff":
             before, after = (
                 "\n".join(line[1:] for line in code.splitlines() if not line.startswith(sign)) for sign in "+-"
@@ -131,19 +169,85 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_the_messages_that_troubleshooting_quotes_exist() -> None:
-    """Four words in a row of each are in a string of ours; the rest may be values."""
-    sources = [path.read_text() for package in ("ibft", "ibkernels") for path in (ROOT / package).rglob("*.py")]
-    nodes = (node for source in sources for node in ast.walk(ast.parse(source)))
-    ours = "\n".join(node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str))
+def flags_of(command: str) -> set[str]:
+    """The names of a command's flags, as `--name` and `--no_name` give them; all commands' for ""."""
+    classes = [kind for name, kind in FLAGS.items() if command in ("", name)]
+    names = {
+        name for kind in classes for field in dataclasses.fields(kind) for name in (field.name, f"no_{field.name}")
+    }
+    return names | (set(SOURCES) if command in ("", "train") else set())
+
+
+def command_of(words: list[str]) -> str:
+    """Of ["eval", "run", "--task", ...] "eval run"; with a task in its place "eval"."""
+    return next((name for name in (" ".join(words[:2]), words[0]) if name in FLAGS), "")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_flag_that_a_page_names_exists(page: Path) -> None:
+    text = page.read_text()
+    for name in re.findall(r"(?<![\w-])--([a-z][\w-]*)", text):
+        known = name.replace("-", "_") in flags_of("") or name in OTHER_FLAGS
+        assert known or (name.endswith("_") and any(flag.startswith(name) for flag in flags_of(""))), f"--{name}"
+    code = "\n".join(block for language, block in blocks(page) if language not in ("python", "diff"))
+    for line in code.replace("\\\n", " ").splitlines():
+        line = line.split(" #")[0]
+        found = re.search(r"(?:\bibft|-m ibft\.(?=train\b)) ?([a-z].*)", line)
+        if found is None or found[1].split()[0] not in {name.split()[0] for name in FLAGS}:
+            continue
+        command = command_of(found[1].split())
+        for name in re.findall(r" --(\w+)", found[1]):
+            assert name in flags_of(command), f"ibft {command} has no --{name}: {line}"
+
+
+def test_the_messages_that_troubleshooting_quotes_are_what_the_code_says() -> None:
+    """Word for word from where the quote begins to where it ends, but for values; "..." stands for what is left out."""
+    messages = [
+        [node.value] if isinstance(node, ast.Constant) else [getattr(part, "value", None) for part in node.values]
+        for package in ("ibft", "ibkernels")
+        for path in (ROOT / package).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str))
+    ]
+    messages = [[part if isinstance(part, str) else None for part in parts] for parts in messages]  # None: a value
     page = (ROOT / "docs" / "troubleshooting.md").read_text()
     titles = "\n".join(re.findall(r"^\*\*.*\*\*.*$", page, flags=re.MULTILINE))
-    messages = re.findall(r"(?<!`)`([^`]+)`(?!`)", titles)
-    assert len(messages) > 20
-    for message in messages:
-        words = message.split()
-        runs = [" ".join(words[start : start + 4]) for start in range(max(1, len(words) - 3))]
-        assert message.startswith(OF_OTHERS) or any(run in ours for run in runs), message
+    quotes = [quote for quote in re.findall(r"(?<!`)`([^`]+)`(?!`)", titles) if not quote.startswith(OF_OTHERS)]
+    assert len(quotes) > 20
+    for quote in quotes:
+        quote = quote.removeprefix("... ").removesuffix(" ...")
+        words = quote.split()
+        runs = [" ".join(words[at : at + 3]) for at in range(max(1, len(words) - 2))]
+        alike = [parts for parts in messages if any(run in part for part in parts if part for run in runs)]
+        assert any(says(parts, quote) for parts in alike), quote
+
+
+def says(parts: list[str | None], quote: str) -> bool:
+    """Whether the quote is a part of a message of texts and values: it begins where that does, or with a word of it."""
+    if parts[0] is None and reads(parts, quote):
+        return True
+    for first, part in enumerate(parts):
+        for word in re.finditer(r"\S+", part or ""):
+            text = part[word.start() :]
+            if text.startswith(quote) or (quote.startswith(text) and reads([text, *parts[first + 1 :]], quote)):
+                return True
+    return False
+
+
+def reads(parts: list[str | None], quote: str) -> bool:
+    """Whether the quote is how the message begins. It ends with a value of one word, or a word or the end of a text."""
+    pattern = ""
+    for at, part in enumerate(parts):
+        if part is None:
+            if at > 0 and parts[at - 1] is not None and re.fullmatch(pattern + r"\S+", quote):
+                return True
+            pattern += "(?s:.+?)"
+            continue
+        ends = [end for end in range(1, len(part) + 1) if end == len(part) or re.search(r"\w", part[:end])]
+        if re.fullmatch(f"{pattern}(?:{'|'.join(re.escape(part[:end]) for end in ends)})", quote):
+            return True
+        pattern += re.escape(part)
+    return False
 
 
 def test_the_readme_has_what_these_tests_look_for() -> None:

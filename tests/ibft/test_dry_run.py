@@ -72,6 +72,7 @@ def test_it_describes_the_run_that_would_follow_and_writes_nothing(
     assert contents(*watched) == before
     dry = capsys.readouterr().out
     assert dry.rstrip().endswith("dry run: nothing was trained, and nothing written")
+    assert f"dataset=['{tasks_file}']" in dry  # in one piece, however long
     assert "not checked" in dry and ("apart" in dry.partition("not checked")[2]) == ("--packing none" not in more)
     assert run(more) == 0  # the folder is still free
     assert described(dry) == described(capsys.readouterr().out)

@@ -55,8 +55,14 @@ def build_variant(
         raise ValueError(f"the variant is {variant!r}; it must be one of {', '.join(VARIANTS)}.")
     base = _build_base(size, max_length).to(dtype)
     # Both LoRA factors random: with the usual zero in B, the gradient of A would be zero and its check empty.
-    lora = LoraConfig(task_type="CAUSAL_LM", r=size.lora_rank, lora_alpha=size.lora_rank, lora_dropout=0.0)
-    lora.target_modules, lora.init_lora_weights = "all-linear", False
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=size.lora_rank,
+        lora_alpha=size.lora_rank,
+        lora_dropout=0.0,
+        target_modules="all-linear",
+        init_lora_weights=False,
+    )
     layer = EagerBottleneck(size.hidden, bottleneck_dim).to(dtype)  # the last to draw, so that all models agree
     torch.manual_seed(SEED)
     if variant.startswith("eager"):

@@ -35,8 +35,7 @@ from benchmarks.measure import (
 from benchmarks.models import ALPHA, BETA, SEED, ModelSize, Variant, build_variant
 from benchmarks.tables import markdown
 from ibft.attention import VARLEN
-from ibft.data import BatchPlan, collate
-from ibft.data.encode import Document
+from ibft.data import BatchPlan, Document, collate
 from ibkernels import noise
 
 

@@ -32,7 +32,7 @@ from benchmarks.measure import (
 )
 from benchmarks.models import ALPHA, BETA, SEED, ModelSize, build_variant
 from benchmarks.tables import markdown
-from ibft.data.encode import Document
+from ibft.data.encoded import Document
 from ibft.data.packing import collate
 from ibft.estimate.cost import ModelCost
 from ibkernels import noise

@@ -1,22 +1,17 @@
 """Everything that `ibft train` can be told: one dataclass, whose fields are the command-line flags.
 
-Precedence: flag over --config over --training_config over --preset over default. Values are checked here, before a
-model or dataset is touched.
+Values are checked here, before a model or dataset is touched; `arguments.py` knows where they come from.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import math
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from ibft.adapter import with_adapter_values
-from ibft.config_file import read_config_file
 from ibft.errors import InputError
 from ibft.flags import (
     AT_LEAST_1,
@@ -29,13 +24,11 @@ from ibft.flags import (
     SHARE,
     Check,
     check_fields,
-    checked,
     did_you_mean,
     flag,
-    read_flags,
     require,
 )
-from ibft.legacy import NO_STREAMING, TRACKERS, read_training_config
+from ibft.legacy import NO_STREAMING, TRACKERS
 
 STEPS_OR_ALL: Check = (lambda v: v == -1 or v >= 1, "at least 1, or -1 for no limit")
 SEED: Check = (lambda v: 0 <= v < 2**63, "between 0 and 2**63 - 1")
@@ -59,10 +52,12 @@ class TrainConfig:
     """The resolved configuration of one training run; every field is a flag of the same name.
 
     Construction checks every value (InputError). `preset`, `training_config` and, for the lora_* fields,
-    `adapter_config` only record where values came from: `parse_args` is what applies them.
+    `adapter_config` only record where values came from: `arguments.parse_args` is what applies them.
     """
 
-    base_model: str = _model(REQUIRED, "Hub name or folder of the causal language model to fine-tune", NOT_EMPTY)
+    base_model: str = _model(
+        REQUIRED, "Hub name or folder of the causal language model to fine-tune", NOT_EMPTY, path=True
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = _model("auto", "auto: bfloat16 on a GPU, float32 on a CPU")
     attn_implementation: Literal["auto", "flash_attention_3", "flash_attention_2", "varlen", "sdpa", "eager"] = _model(
         "auto", "auto: the first of the others that works here"
@@ -76,7 +71,10 @@ class TrainConfig:
     use_cpu: bool = _model(False, "train on the CPU even where there is a GPU")
 
     dataset: list[str] = _data(  # noqa: RUF009
-        REQUIRED, "Hub name, .jsonl, .json, .csv or .parquet file, or Arrow folder; several are mixed", verbatim=True
+        REQUIRED,
+        "Hub name, .jsonl, .json, .csv or .parquet file, or Arrow folder; several are mixed",
+        verbatim=True,
+        path=True,
     )
     dataset_weights: list[float] = _data(  # noqa: RUF009
         [], "passes over each dataset in an epoch, as 1 0.5 3; 1 for each if not given", POSITIVE
@@ -90,9 +88,9 @@ class TrainConfig:
         None, "split to validate on, or share (0.05) or number (200) of the rows to hold out", NOT_EMPTY
     )
     validation_column: str | None = _data(None, "column whose cells say train, validation or test", NOT_EMPTY)
-    validation_dataset: str | None = _data(None, "dataset to validate on", NOT_EMPTY)
+    validation_dataset: str | None = _data(None, "dataset to validate on", NOT_EMPTY, path=True)
     memorization_scores: str | None = _data(
-        None, "file of `ibft memorization score`, by which --drop_memorized goes", NOT_EMPTY
+        None, "file of `ibft memorization score`, by which --drop_memorized goes", NOT_EMPTY, path=True
     )
     drop_memorized: str | None = _data(
         None, "leave out the rows best known to a model: 10%, 200, or 'above -0.5'", NOT_EMPTY
@@ -120,7 +118,9 @@ class TrainConfig:
     kl_reduction: Literal["mean", "sum"] = _ib("mean", "over the K dimensions; sum: nats per token")
     sample: bool = _ib(True, "draw z from the posterior; --no_sample takes its mean")
 
-    adapter_config: str | None = _adapter(None, "PEFT LoraConfig JSON, in place of the --lora_* flags", NOT_EMPTY)
+    adapter_config: str | None = _adapter(
+        None, "PEFT LoraConfig JSON, in place of the --lora_* flags", NOT_EMPTY, path=True
+    )
     lora_r: int = _adapter(32, "rank", AT_LEAST_1)
     lora_alpha: int = _adapter(32, "the update is multiplied by lora_alpha / lora_r", AT_LEAST_1)
     lora_dropout: float = _adapter(0.05, "share of the adapter's input that is dropped", BELOW_1)
@@ -142,7 +142,9 @@ class TrainConfig:
     warmup_steps: int = _optim(0, "number of those steps, instead of the ratio; 0: by the ratio", NOT_NEGATIVE)
     seed: int = _optim(42, "of initialisation, order, dropout and noise", SEED)
 
-    output_dir: str = _run("ibft-output", "folder for the adapter, its record and the checkpoints", NOT_EMPTY)
+    output_dir: str = _run(
+        "ibft-output", "folder for the adapter, its record and the checkpoints", NOT_EMPTY, path=True
+    )
     overwrite: bool = _run(False, "start afresh in a folder that holds a run")
     resume: bool = _run(False, "continue from the newest checkpoint in output_dir")
     save_strategy: Literal["no", "steps"] = _run("steps", "no: save only what the end of the run leaves")
@@ -156,12 +158,14 @@ class TrainConfig:
     run_name: str | None = _run(None, "name of the run where it is reported", NOT_EMPTY)
     engine: Literal["auto", "ddp", "fsdp2", "deepspeed"] = _run("auto", "auto: ddp under torchrun, else one process")
     use_deepspeed: bool = _run(False, "the same as --engine deepspeed")
-    deepspeed_config: str | None = _run(None, "JSON of DeepSpeed, ZeRO stage 1 to 3; if not given, stage 2", NOT_EMPTY)
+    deepspeed_config: str | None = _run(
+        None, "JSON of DeepSpeed, ZeRO stage 1 to 3; if not given, stage 2", NOT_EMPTY, path=True
+    )
     ddp_timeout: int = _run(1800, "seconds after which a process stops waiting for the others", AT_LEAST_1)
     dry_run: bool = _run(False, "check everything, say what the run would do, write nothing, and stop")
     debug: bool = _run(False, "show the traceback of an error")
 
-    training_config: str | None = _files(None, "JSON of TrainingArguments, of transformers", NOT_EMPTY)
+    training_config: str | None = _files(None, "JSON of TrainingArguments, of transformers", NOT_EMPTY, path=True)
     preset: Literal["published"] | None = _files(None, "the published settings; files win over them")
 
     def __post_init__(self) -> None:
@@ -170,12 +174,6 @@ class TrainConfig:
         if type(self.drop_memorized) is int:  # likewise
             object.__setattr__(self, "drop_memorized", str(self.drop_memorized))
         check_fields(self)
-        for name in ("base_model", "validation_dataset", "output_dir", "training_config", "adapter_config",
-                     "deepspeed_config", "memorization_scores"):  # fmt: skip
-            if (getattr(self, name) or "").startswith("~"):  # the shell leaves it alone in --output_dir=~/run
-                object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))
-        homes = [os.path.expanduser(name) if name.startswith("~") else name for name in self.dataset]
-        object.__setattr__(self, "dataset", homes)
         self.validate()
 
     def validate(self) -> None:
@@ -320,112 +318,22 @@ def as_in_train(name: str) -> Any:
     return dataclasses.field(default=field.default, default_factory=field.default_factory, metadata=field.metadata)
 
 
-PRECEDENCE = "Flags win over --config, that over --training_config, that over --preset, and that over defaults."
-_DESCRIPTION = f"Fine-tune a causal language model with LoRA and an information bottleneck. {PRECEDENCE}"
-_EXAMPLE = """
+@dataclass(frozen=True, kw_only=True)
+class DataFlags:
+    """What other commands are told of rows that `ibft train` could learn, by the same options."""
 
-example, first to see what would happen, then to train:
-  ibft train --base_model Qwen/Qwen2.5-Coder-0.5B --dataset data.jsonl \\
-    --target_layer 15 --output_dir run --dry_run
-  ibft train --config run.yaml --seed 1     # run.yaml has the rest"""
+    dataset: list[str] = as_in_train("dataset")  # noqa: RUF009
+    dataset_split: str = flag("data", "train", "split to read", NOT_EMPTY)
+    format: Literal["auto", "text", "chat"] = as_in_train("format")
+    separator: str | None = as_in_train("separator")
+    prompt_column: str | None = as_in_train("prompt_column")
+    response_column: str | None = as_in_train("response_column")
+    max_length: int = as_in_train("max_length")
+    bos: Literal["auto", "yes", "no"] = as_in_train("bos")
+    overlong: Literal["shorten", "drop"] = as_in_train("overlong")
+    num_proc: int | None = as_in_train("num_proc")
 
-SOURCES = {
-    "config": (
-        FILES,
-        "YAML or JSON of these options, `name: value`; paths in it are relative to the working folder, not to the file",
-    )
-}
-
-# The first also undoes a value that a weaker source has for the second, which would otherwise win over it.
-_OUTRANKED_BY = {
-    "warmup_ratio": "warmup_steps",
-    "num_train_epochs": "max_steps",
-    "per_device_train_batch_size": "tokens_per_batch",
-}
-
-
-def parse_args(argv: Sequence[str], prog: str = "ibft train") -> tuple[TrainConfig, list[str]]:
-    """The configuration that a command line asks for, with its files read, and notices for the caller to print.
-
-    Raises InputError for whatever is wrong with the flags or the files; --help prints and exits as argparse does.
-    """
-    flags = read_flags(TrainConfig, argv, prog, _DESCRIPTION, files=SOURCES, example=_EXAMPLE)
-    path = flags.pop("config", None)
-    config_file = {} if path is None else read_config_file(path, TrainConfig)
-    if "adapter_config" in flags:  # as the whole of the adapter, which the file's lora_* are parts of
-        config_file = {name: value for name, value in config_file.items() if not name.startswith("lora_")}
-    for name, value in config_file.items():
-        if name not in flags:  # else the flag's value is the one that counts
-            config_file[name] = checked(TrainConfig, name, value, f"{path}: {name}")
-    given = _over(config_file, flags)
-    require(TrainConfig, given, prog)
-
-    notices: list[str] = []
-    training_file: dict[str, object] = {}
-    if given.get("training_config"):
-        training_file, notices = read_training_config(given["training_config"])
-    for name, value in training_file.items():
-        if name not in given:
-            checked(TrainConfig, name, value, f"{given['training_config']}: {name}")
-    preset = preset_values(given["preset"]) if given.get("preset") else {}
-    config = TrainConfig.from_dict(_over(_over(preset, training_file), given))
-    check_engine(config)
-    if config.adapter_config is not None:
-        config = with_adapter_values(config, [name for name in given if name.startswith("lora_")])
-
-    ib_flags = [f"--{name}" for name in flags if FIELDS[name].metadata["group"] == BOTTLENECK]
-    if config.method == "sft" and ib_flags:
-        notices.append(f"{', '.join(ib_flags)}: no effect, because --method sft trains without a bottleneck.")
-    if {"tokens_per_batch", "per_device_train_batch_size"} <= set(flags):
-        raise InputError("--tokens_per_batch and --per_device_train_batch_size set the same thing; give one of them.")
-    for name, stronger in (("num_train_epochs", "max_steps"), ("warmup_ratio", "warmup_steps")):
-        if name in flags and stronger in flags:
-            notices.append(f"--{name}: no effect beside --{stronger}.")
-    if "save_steps" in flags and config.save_strategy == "no":
-        notices.append("--save_steps: no effect with save_strategy no.")
-    if os.path.normpath(config.output_dir) == os.curdir:
-        notices.append("output_dir is the current folder, and the run writes its files there; --output_dir changes it.")
-    return config, notices
-
-
-def _over(weaker: Mapping[str, Any], stronger: Mapping[str, Any]) -> dict[str, Any]:
-    """Both sources together, where the stronger one has the last word."""
-    undone = {_OUTRANKED_BY.get(name) for name in stronger}
-    return {**{name: value for name, value in weaker.items() if name not in undone}, **stronger}
-
-
-def preset_values(name: str) -> dict[str, Any]:
-    """What --preset NAME sets, by field; "published" is the published project's code as it ran."""
-    if name != "published":
-        raise InputError(f"--preset takes published, not {name!r}.")
-    return {
-        "max_length": 2048,
-        "packing": "none",
-        "bos": "no",
-        "bottleneck_dim": 256,
-        "target_layer": 20,
-        "encoder": "linear",
-        "alpha": 0.2,
-        "beta": 0.01,
-        "lora_r": 32,
-        "lora_alpha": 32,
-        "lora_dropout": 0.05,
-        "lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-        "learning_rate": 1e-4,
-        "weight_decay": 0.0,
-        "lr_scheduler_type": "cosine",
-        "warmup_ratio": 0.1,
-        "num_train_epochs": 3.0,
-        "per_device_train_batch_size": 2,
-    }
-
-
-def check_engine(config: TrainConfig) -> None:
-    """Raise InputError where DeepSpeed is asked for and not installed, or its file asks for what cannot be done."""
-    if config.chosen_engine != "deepspeed":
-        return
-    if importlib.util.find_spec("deepspeed") is None:
-        raise InputError('--engine deepspeed needs DeepSpeed, which is not installed: pip install "ibft[deepspeed]".')
-    from ibft.engines.zero_config import zero_config
-
-    zero_config(config.deepspeed_config, config, world_size=1)
+    def train_config(self, base_model: str) -> TrainConfig:
+        """The data as `ibft train` is told of it; InputError for what that would refuse."""
+        names = [field.name for field in dataclasses.fields(DataFlags)]
+        return TrainConfig(base_model=base_model, **{name: getattr(self, name) for name in names})

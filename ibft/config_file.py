@@ -29,7 +29,7 @@ def read_config_file(path: str, cls: Any, flag: str = "config") -> dict[str, Any
     suffix = Path(path).suffix.lower()
     if suffix not in ACCEPTED:
         raise InputError(f"--{flag} takes a {', '.join(ACCEPTED[:-1])} or {ACCEPTED[-1]} file, not {path!r}.")
-    text = read_text(path)
+    text = _read_text(path)
     pairs = _json_pairs(path, text) if suffix == ".json" else _yaml_pairs(path, text)
 
     values: dict[str, Any] = {}
@@ -50,7 +50,12 @@ def read_config_file(path: str, cls: Any, flag: str = "config") -> dict[str, Any
     return values
 
 
-def read_text(path: str | Path) -> str:
+def read_json_object(path: str | Path) -> dict[str, Any]:
+    """The JSON object in a file; InputError with the line and column if it holds anything else."""
+    return _object(path, _parse_json(path, _read_text(path)), dict)
+
+
+def _read_text(path: str | Path) -> str:
     """The text of a file, ~ understood; InputError if it cannot be read."""
     try:
         return Path(path).expanduser().read_text(encoding="utf-8-sig")
@@ -59,7 +64,7 @@ def read_text(path: str | Path) -> str:
         raise InputError(f"{path} cannot be read: {reason}.") from error
 
 
-def parse_json(path: str | Path, text: str, **options: Any) -> Any:
+def _parse_json(path: str | Path, text: str, **options: Any) -> Any:
     """What the text of the file says, `options` being json.loads's; InputError with the line and column if nothing."""
     try:
         return json.loads(text, **options)
@@ -72,10 +77,14 @@ def parse_json(path: str | Path, text: str, **options: Any) -> Any:
 
 def _json_pairs(path: str, text: str) -> list[tuple[str, Any]]:
     """The members of the object, and all of them where a dict would keep the last of a name."""
-    data = parse_json(path, text, object_pairs_hook=_Pairs)
-    if not isinstance(data, _Pairs):
-        raise InputError(f"{path} must hold a JSON object {{...}}, not {json.dumps(data)[:40]}.")
+    data = _object(path, _parse_json(path, text, object_pairs_hook=_Pairs), _Pairs)
     return [(key, dict(value) if isinstance(value, _Pairs) else value) for key, value in data]
+
+
+def _object(path: str | Path, data: Any, kind: type) -> Any:
+    if not isinstance(data, kind):
+        raise InputError(f"{path} must hold a JSON object {{...}}, not {json.dumps(data)[:40]}.")
+    return data
 
 
 class _Pairs(list[tuple[str, Any]]):

@@ -5,7 +5,6 @@ Whatever can be refused is refused before a model is loaded; the output folder a
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -23,8 +22,9 @@ from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ibft.config_file import read_json_object
 from ibft.errors import InputError
-from ibft.flags import NOT_EMPTY, REQUIRED, check_fields, flag, read_flags, require
+from ibft.flags import NOT_EMPTY, REQUIRED, check_fields, flag, parse_flags
 from ibft.loading import fingerprint, load_base_model, load_tokenizer, quiet_libraries
 from ibft.model_card import CARD_NAME, is_ours, may_replace, render_card
 from ibft.run_folder import RECORD_NAME, refusal, write_json
@@ -39,10 +39,14 @@ TRAINING_DTYPES = (torch.float32, torch.bfloat16)
 class ExportConfig:
     """The flags of `ibft export`."""
 
-    adapter: str = flag("export", REQUIRED, "folder that `ibft train` wrote, or a checkpoint in it", NOT_EMPTY)
-    output_dir: str = flag("export", REQUIRED, "folder to write", NOT_EMPTY)
+    adapter: str = flag(
+        "export", REQUIRED, "folder that `ibft train` wrote, or a checkpoint in it", NOT_EMPTY, path=True
+    )
+    output_dir: str = flag("export", REQUIRED, "folder to write", NOT_EMPTY, path=True)
     merge: bool = flag("export", False, "write a whole model, the adapter merged in; else the adapter alone")
-    base_model: str | None = flag("export", None, "Hub name or folder; if not given, the one trained on", NOT_EMPTY)
+    base_model: str | None = flag(
+        "export", None, "Hub name or folder; if not given, the one trained on", NOT_EMPTY, path=True
+    )
     allow_other_base: bool = flag("export", False, "merge into a base model that is not the one trained on")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
         "export", "auto", "of the merged weights; auto: that of the base model's file"
@@ -55,9 +59,6 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for name in ("adapter", "output_dir", "base_model"):
-            if (getattr(self, name) or "").startswith("~"):  # the shell leaves it alone in --output_dir=~/merged
-                object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))
         if not self.merge and (self.dtype != "auto" or self.allow_other_base):
             name = "allow_other_base" if self.allow_other_base else f"dtype {self.dtype}"
             raise InputError(f"--{name} needs --merge; without it no weights are merged.")
@@ -83,14 +84,8 @@ class Source:
 
 def main(argv: Sequence[str]) -> None:
     """Parses the command line and exports."""
-    flags = read_flags(
-        ExportConfig,
-        argv,
-        "ibft export",
-        "Make a run's adapter ready for others: clean or merged, locally or on the Hub.",
-    )
-    require(ExportConfig, flags, "ibft export")
-    export(ExportConfig(**flags))
+    description = "Make a run's adapter ready for others: clean or merged, locally or on the Hub."
+    export(parse_flags(ExportConfig, argv, "ibft export", description))
 
 
 def export(config: ExportConfig) -> Path:
@@ -152,7 +147,7 @@ def read_source(folder: Path) -> Source:
         raise InputError(f"{folder / _WEIGHTS} cannot be read: {error}.") from error
     if not names:
         raise InputError(f"{folder / _WEIGHTS} holds no weights.")
-    settings = _read_json(folder / _CONFIG)
+    settings = read_json_object(folder / _CONFIG)
     kind = settings.get("peft_type")
     if kind != "LORA":
         raise InputError(f"{folder / _CONFIG}: peft_type is {kind!r}; only LORA adapters can be exported.")
@@ -160,23 +155,13 @@ def read_source(folder: Path) -> Source:
     record_file = folder / RECORD_NAME
     if checkpoint and not record_file.is_file():
         record_file = folder.parent / RECORD_NAME
-    record = _read_json(record_file) if record_file.is_file() else {}
+    record = read_json_object(record_file) if record_file.is_file() else {}
     trained = record.get("config")
     if record and not (isinstance(trained, dict) and {"base_model", "dataset"} <= trained.keys()):
         raise InputError(f"{record_file} is no record of `ibft train`: its config names no base_model and dataset.")
     if record and checkpoint:  # the run's result is of a later step than this adapter
         record = {**record, "result": None, "checkpoint": int(checkpoint[1])}
     return Source(folder, settings, record)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} cannot be read as JSON: {error}.") from error
-    if not isinstance(values, dict):
-        raise InputError(f"{file} must hold a JSON object, not {type(values).__name__}.")
-    return values
 
 
 def _check_output(output: Path, sources: Sequence[Path], overwrite: bool) -> None:

@@ -10,16 +10,18 @@ import dataclasses
 import difflib
 import functools
 import math
+import os
 import re
 import shutil
 import textwrap
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, TypeVar
 
 from ibft.errors import InputError
 
+Config = TypeVar("Config")
 # What a value must satisfy beyond its type, and how an error says it.
 Check = tuple[Callable[[Any], bool], str]
 AT_LEAST_1: Check = (lambda v: v >= 1, "at least 1")
@@ -34,12 +36,16 @@ REQUIRED = dataclasses.MISSING
 _LONG_DASHES = ("\N{EM DASH}", "\N{EN DASH}", "\N{MINUS SIGN}")
 
 
-def flag(group: str, default: Any, help: str, check: Check | None = None, *, verbatim: bool = False) -> Any:
+def flag(
+    group: str, default: Any, help: str, check: Check | None = None, *, verbatim: bool = False, path: bool = False
+) -> Any:
     """A dataclass field with the group, help text and range that --help and errors show; default may be REQUIRED.
 
-    The values of a list are split at commas and white space, unless they are `verbatim`, as paths must be.
+    The values of a list are split at commas and white space, unless they are `verbatim`, as paths must be. In a `path`,
+    or a name that may be one, a leading ~ is the home folder, which the shell puts there in --output ~/run alone, and
+    not in --output=~/run.
     """
-    metadata = {"group": group, "help": help, "check": check, "verbatim": verbatim}
+    metadata = {"group": group, "help": help, "check": check, "verbatim": verbatim, "path": path}
     if isinstance(default, list):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -52,6 +58,8 @@ def check_fields(config: Any) -> None:
     """
     for field in dataclasses.fields(config):
         value = checked(type(config), field.name, getattr(config, field.name), f"--{field.name}")
+        if field.metadata["path"] and value is not None:
+            value = list(map(os.path.expanduser, value)) if isinstance(value, list) else os.path.expanduser(value)
         object.__setattr__(config, field.name, value)
 
 
@@ -102,6 +110,24 @@ def require(cls: type, values: Mapping[str, Any], prog: str) -> None:
     required = [field.name for field in dataclasses.fields(cls) if _is_required(field)]
     if missing := [f"--{name}" for name in required if name not in values]:
         raise InputError(f"{' and '.join(missing)} must be given. `{prog} --help` lists the options.")
+
+
+def parse_flags(
+    cls: type[Config],
+    argv: Sequence[str],
+    prog: str,
+    description: str,
+    *,
+    example: str = "",
+    words: tuple[str, list[str]] | None = None,
+) -> Config:
+    """What a command line makes of a dataclass whose fields are nothing but flags; arguments as for `read_flags`.
+
+    Raises InputError for whatever that or the dataclass refuses, and for a required flag that is not given.
+    """
+    flags = read_flags(cls, argv, prog, description, example=example, words=words)
+    require(cls, flags, prog)
+    return cls(**flags)
 
 
 def read_flags(

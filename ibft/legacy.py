@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ibft.config_file import parse_json, read_text
+from ibft.config_file import read_json_object
 from ibft.errors import InputError
 from ibft.flags import did_you_mean
 
@@ -261,11 +261,3 @@ def _known_defaults() -> dict[str, Any]:
         else:
             defaults[field.name] = None if field.default is dataclasses.MISSING else field.default
     return defaults
-
-
-def read_json_object(path: str | Path) -> dict[str, Any]:
-    """The JSON object in a file; InputError with the line and column if it holds anything else."""
-    data = parse_json(path, read_text(path))
-    if not isinstance(data, dict):
-        raise InputError(f"{path} must hold a JSON object {{...}}, not {json.dumps(data)[:40]}.")
-    return data

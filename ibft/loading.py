@@ -179,6 +179,16 @@ def check_vocabulary(
         )
 
 
+def check_positions(name: str, config: PreTrainedConfig, longest: int) -> None:
+    """Raises InputError for rows of up to `longest` tokens where the model has fewer positions."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and longest > positions:
+        raise InputError(
+            f"a row has {longest:,} tokens, and model {name!r} has {positions:,} positions; --max_length can be "
+            f"{positions:,} at most."
+        )
+
+
 def fingerprint(model: PreTrainedModel, dtype: torch.dtype | None = None) -> str:
     """sha256 (hex) that tells base models apart: their configuration, and the first weights of every parameter.
 

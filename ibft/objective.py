@@ -149,7 +149,7 @@ def dual_step(multiplier: Tensor, rate: Tensor, target: float, bounds: tuple[flo
 
     The first update is dual ascent on the multiplier's logarithm. The factor r ** 4 is proportional control, without
     which dual ascent overshoots and oscillates, because the rate follows the weight with the delay of the optimizer
-    (Stooke et al., arXiv 2007.03964). The exponents are from experiments: docs/method.md.
+    (Stooke et al., arXiv 2007.03964). The exponents are from trials: docs/method.md.
     """
     r = torch.nan_to_num(rate / target, nan=1.0).clamp(0.5, 2.0)
     multiplier = (multiplier * r**_ASCENT).clamp(*bounds)

@@ -6,7 +6,8 @@ import dataclasses
 import typing
 from typing import Any, Literal
 
-from ibft.config import FIELDS, PRECEDENCE, SOURCES, TrainConfig
+from ibft.arguments import PRECEDENCE, SOURCES
+from ibft.config import FIELDS, TrainConfig
 from ibft.flags import REQUIRED, default_of, kind_of
 
 EXAMPLE = """\

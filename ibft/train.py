@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
+from ibft.arguments import parse_args
 from ibft.checkpoint import save_checkpoint
-from ibft.config import TrainConfig, parse_args
+from ibft.config import TrainConfig
 from ibft.data import load_batches
 from ibft.engines import start_engine
 from ibft.errors import Interrupted, TrainingDiverged

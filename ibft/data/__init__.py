@@ -1,6 +1,7 @@
 """Rows → tokens → plan → batches: what happens to a dataset before the model sees it."""
 
-from ibft.data.encode import Document, EncodedDataset, EncodeReport, encode
+from ibft.data.encode import encode
+from ibft.data.encoded import Document, EncodedDataset, EncodeReport
 from ibft.data.loader import load_batches
 from ibft.data.mixture import load_data
 from ibft.data.packing import BatchPlan, collate, document_lengths

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ibft.data.encode import EncodedDataset
+from ibft.data.encoded import EncodedDataset
 from ibft.data.packing import BatchPlan, collate
 
 

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.json
 import pyarrow.parquet
 
+from ibft.config_file import read_json_object
 from ibft.data.chat import pair_cell
 from ibft.data.readers import Source
 from ibft.errors import InputError
@@ -165,15 +166,7 @@ def record_path(path: Path) -> Path:
 def read_record(path: Path) -> dict[str, Any]:
     """The record beside a file of scores; {} where there is none."""
     file = record_path(path)
-    if not file.is_file():
-        return {}
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} cannot be read as JSON: {error}.") from error
-    if not isinstance(record, dict):
-        raise InputError(f"{file} must hold a JSON object, not {type(record).__name__}.")
-    return record
+    return read_json_object(file) if file.is_file() else {}
 
 
 def scores_of_rows(
@@ -199,9 +192,8 @@ def scores_of_rows(
 def leave_out_memorized(
     path: str, drop: str, measure: Measure, named: Sequence[tuple[str, Source]], rows: Sequence[np.ndarray]
 ) -> tuple[list[np.ndarray], str]:
-    """The given rows of each dataset without the most memorised ones of all together, for `--drop_memorized`.
-
-    And by whose scores these are the most memorised, in words.
+    """For `--drop_memorized`: the given rows of each dataset without the most memorised ones of all together, and the
+    scores that say which those are, in words.
 
     InputError where a row is not in the file of scores, or `drop` leaves nothing out, or nothing over.
     """

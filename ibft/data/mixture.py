@@ -13,7 +13,8 @@ import pyarrow as pa
 
 from ibft.data.chat import ChatTemplate, HistoryRewritten, TemplateRefusal, learnt_turns, one_for_each_turn
 from ibft.data.columns import quoted
-from ibft.data.encode import EncodedDataset, Origin, encode
+from ibft.data.encode import encode
+from ibft.data.encoded import EncodedDataset, Origin
 from ibft.data.memorized import leave_out_memorized
 from ibft.data.packing import permutation
 from ibft.data.readers import Source

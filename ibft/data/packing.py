@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from ibft.data.encode import Document
+from ibft.data.encoded import Document
 from ibft.errors import InputError
 
 IGNORE = -100

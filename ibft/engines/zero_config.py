@@ -6,8 +6,9 @@ A setting that DeepSpeed would follow and we cannot vouch for is refused, so tha
 from typing import Any
 
 from ibft.config import TrainConfig
+from ibft.config_file import read_json_object
 from ibft.errors import InputError
-from ibft.legacy import is_empty, read_json_object
+from ibft.legacy import is_empty
 
 DEFAULT: dict[str, Any] = {"zero_optimization": {"stage": 2}}
 STAGES = (1, 2, 3)

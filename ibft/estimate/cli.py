@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -28,7 +27,7 @@ from ibft.flags import (
     check_fields,
     did_you_mean,
     flag,
-    read_flags,
+    parse_flags,
 )
 from ibft.loading import load_base_outline, quiet_libraries
 from ibft.model import IBModel
@@ -43,7 +42,9 @@ _MODEL, _STEP, _WHERE = "model, as in ibft train", "step, as in ibft train", "ma
 class EstimateConfig:
     """The flags of `ibft estimate`. Those of a training have its names and defaults."""
 
-    base_model: str | None = flag(_MODEL, None, "Hub name, or folder with a config.json: no weights needed", NOT_EMPTY)
+    base_model: str | None = flag(
+        _MODEL, None, "Hub name, or folder with a config.json: no weights needed", NOT_EMPTY, path=True
+    )
     dtype: Literal["bfloat16", "float32"] = flag(_MODEL, "bfloat16", "of the base model")
     method: Literal["ib", "sft"] = flag(_MODEL, "ib", "ib: with the bottleneck; sft: without")
     bottleneck_dim: int = flag(_MODEL, 256, "width K of the bottleneck", AT_LEAST_1)
@@ -72,8 +73,6 @@ class EstimateConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.base_model is not None and self.base_model.startswith("~"):
-            object.__setattr__(self, "base_model", os.path.expanduser(self.base_model))
         if (self.base_model is None) == (self.measured is None):
             raise InputError("give --base_model, to estimate a training, or --measured, to compare with one.")
         if unknown := [name for name in self.gpu if name not in DEVICES]:
@@ -115,7 +114,7 @@ class EstimateConfig:
 
 def main(argv: Sequence[str]) -> None:
     """Parses the command line and prints the estimate."""
-    given = read_flags(
+    config = parse_flags(
         EstimateConfig,
         argv,
         "ibft estimate",
@@ -123,7 +122,6 @@ def main(argv: Sequence[str]) -> None:
         example="\n\nexample:\n  ibft estimate --base_model path/to/model --max_length 2048 "
         "--tokens_per_batch 16384 \\\n    --gpus 8 --engine fsdp2 --gpu h100-80gb a100-40gb",
     )
-    config = EstimateConfig(**given)
     quiet_libraries(progress_bars=False)
     if config.measured is not None:
         print(compare(config.measured))

@@ -16,9 +16,11 @@ from tqdm import tqdm
 from ibft.errors import InputError, Interrupted
 from ibft.evaluate.config import DoctorFlags, EvalFlags, GenerateFlags, PlotFlags, ReportFlags, RunFlags, SandboxFlags
 from ibft.evaluate.extraction import Extraction
+from ibft.evaluate.plot import plot
 from ibft.evaluate.problems import TASKS, Problem, load_problems
 from ibft.evaluate.samples import Sample, by_temperature, read_samples
-from ibft.flags import did_you_mean, read_flags, require
+from ibft.figure import check_figure
+from ibft.flags import did_you_mean, parse_flags
 
 if TYPE_CHECKING:
     from ibft.evaluate.sandbox import Limits
@@ -65,14 +67,16 @@ def _dispatch(command: str, rest: Sequence[str]) -> None:
 
 
 def _generate(argv: Sequence[str]) -> None:
-    config = _read(GenerateFlags, argv, "generate", "Samples of a model for a task's problems.")
+    config = parse_flags(GenerateFlags, argv, "ibft eval generate", "Samples of a model for a task's problems.")
     from ibft.evaluate.generate import generate_samples
 
     print(f"samples in {generate_samples(config, load_problems(config.task, config.data, config.split))}")
 
 
 def _run(argv: Sequence[str]) -> None:
-    config = _read(RunFlags, argv, "run", "Execute samples in a sandbox, and judge each by its problem's tests.")
+    config = parse_flags(
+        RunFlags, argv, "ibft eval run", "Execute samples in a sandbox, and judge each by its problem's tests."
+    )
     problems = load_problems(config.task, config.data, config.split)
     samples = read_samples(config.samples, problems, Extraction() if config.extract_again else None)
     _judge(config, problems, samples, Path(config.samples))
@@ -80,7 +84,7 @@ def _run(argv: Sequence[str]) -> None:
 
 def _evaluate(task: str, argv: Sequence[str]) -> None:
     description = "All at once: samples of a model, their execution in a sandbox, the report."
-    config = _read(EvalFlags, ["--task", task, *argv], task, description)
+    config = parse_flags(EvalFlags, ["--task", task, *argv], f"ibft eval {task}", description)
     problems = load_problems(config.task, config.data, config.split)
     from ibft.evaluate.generate import generate_samples
 
@@ -143,7 +147,7 @@ def _limits(config: SandboxFlags) -> Limits:
 def _doctor(argv: Sequence[str]) -> None:
     tasks: list[str] = []
     description = "Whether sandbox and tools work on this machine, and every canonical solution passes in them."
-    config = _read(DoctorFlags, argv, "doctor", description, ("[TASK...]", tasks))
+    config = parse_flags(DoctorFlags, argv, "ibft eval doctor", description, words=("[TASK...]", tasks))
     from ibft.evaluate.doctor import examine
     from ibft.evaluate.judge import Settings
     from ibft.evaluate.problems import tasks_in
@@ -174,15 +178,13 @@ def _doctor(argv: Sequence[str]) -> None:
 def _report(argv: Sequence[str]) -> None:
     named: list[str] = []
     description = "Pass@k and Pass@k^(m) of what `ibft eval run` left in each folder, with bootstrap intervals."
-    config = _read(PlotFlags, argv, "report", description, ("DIR...", named))
+    config = parse_flags(PlotFlags, argv, "ibft eval report", description, words=("DIR...", named))
     if not named:
         raise InputError("`ibft eval report` takes the folders of results to report on: ibft eval report DIR.")
     from ibft.evaluate.report import folders, load_results, markdown, report
 
     if config.plot is not None:
-        from ibft.evaluate.plot import check_plot, plot
-
-        check_plot(Path(config.plot))
+        check_figure(Path(config.plot), "--plot")
     found = [folder for name in named for folder in folders(Path(name).expanduser())]
     reports = [
         report(load_results(folder, name), config.ks, seed=config.seed)
@@ -200,7 +202,7 @@ def _report(argv: Sequence[str]) -> None:
 def _compare(argv: Sequence[str]) -> None:
     named: list[str] = []
     description = "How far run B is from run A on the same problems, how sure that is, and who wins where."
-    config = _read(ReportFlags, argv, "compare", description, ("A B", named))
+    config = parse_flags(ReportFlags, argv, "ibft eval compare", description, words=("A B", named))
     if len(named) != 2:
         raise InputError(f"`ibft eval compare` takes two folders of results, not {len(named)}: ibft eval compare A B.")
     from ibft.evaluate.compare import compare, markdown
@@ -224,14 +226,6 @@ def _short_names(found: Sequence[Path]) -> list[str]:
         return [path.name for path in paths]
     shared = Path(os.path.commonpath(paths))
     return [str(path.relative_to(shared)) if path != shared else path.name for path in paths]
-
-
-def _read(
-    cls: Any, argv: Sequence[str], command: str, description: str, words: tuple[str, list[str]] | None = None
-) -> Any:
-    flags = read_flags(cls, argv, f"ibft eval {command}", description, words=words)
-    require(cls, flags, f"ibft eval {command}")
-    return cls(**flags)
 
 
 _COMMANDS = {"generate": _generate, "run": _run, "report": _report, "compare": _compare, "doctor": _doctor}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -14,18 +13,14 @@ from ibft.flags import AT_LEAST_1, NOT_EMPTY, NOT_NEGATIVE, POSITIVE, REQUIRED, 
 
 _TASK = f"{', '.join(TASKS)}, or a file of JSON lines with task_id, prompt and tests"
 _ABOVE_0_TO_1: Check = (lambda v: 0 < v <= 1, "greater than 0 and at most 1")
-_PATHS = ("data", "adapter", "samples", "output", "plot")
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Flags:
-    """Checked when made; a path's ~ is the home folder."""
+    """Checked when made."""
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for name in {field.name for field in fields(self)} & set(_PATHS):
-            if (getattr(self, name) or "").startswith("~"):  # the shell leaves it alone in --output=~/samples
-                object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))
 
     def part(self, kind: type[_Flags]) -> Any:
         """The fields that another of these classes has too, as that class."""
@@ -38,7 +33,7 @@ class TaskFlags(_Flags):
 
     task: str = flag("task", REQUIRED, _TASK, NOT_EMPTY)
     data: str | None = flag(
-        "task", None, "the task's file, a folder that holds it, or a data set on the Hub", NOT_EMPTY
+        "task", None, "the task's file, a folder that holds it, or a data set on the Hub", NOT_EMPTY, path=True
     )
     split: Literal["all", "test", "train", "validation", "prompt"] = flag(
         "task", "all", "of mbpp, the only one divided"
@@ -54,14 +49,17 @@ class GenerateFlags(TaskFlags):
         None,
         "Hub name or folder; for --endpoint, its name there; not given: the one the adapter names",
         NOT_EMPTY,
+        path=True,
     )
-    adapter: str | None = flag("model", None, "folder that `ibft train` wrote, or a checkpoint in it", NOT_EMPTY)
+    adapter: str | None = flag(
+        "model", None, "folder that `ibft train` wrote, or a checkpoint in it", NOT_EMPTY, path=True
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
         "model", "auto", "of the model; auto: bfloat16 on a GPU that has it, else float32"
     )
     use_cpu: bool = flag("model", False, "leave a GPU alone")
     output: str = flag(
-        "output", REQUIRED, "folder for samples.jsonl; a command that was stopped goes on there", NOT_EMPTY
+        "output", REQUIRED, "folder for samples.jsonl; a command that was stopped goes on there", NOT_EMPTY, path=True
     )
     overwrite: bool = flag("output", False, "make the samples in the output folder anew")
     num_samples: int = flag("sampling", 10, "of each problem at each temperature", AT_LEAST_1)
@@ -136,8 +134,10 @@ class JudgeFlags(SandboxFlags):
 class RunFlags(JudgeFlags, TaskFlags):
     """`ibft eval run`."""
 
-    samples: str = flag("task", REQUIRED, "file of JSON lines with task_id and completion", NOT_EMPTY)
-    output: str = flag("output", REQUIRED, "folder for the results; a run that was stopped goes on there", NOT_EMPTY)
+    samples: str = flag("task", REQUIRED, "file of JSON lines with task_id and completion", NOT_EMPTY, path=True)
+    output: str = flag(
+        "output", REQUIRED, "folder for the results; a run that was stopped goes on there", NOT_EMPTY, path=True
+    )
     extract_again: bool = flag("verdict", False, "take the code from each line's raw text anew")
 
 
@@ -145,7 +145,7 @@ class RunFlags(JudgeFlags, TaskFlags):
 class EvalFlags(JudgeFlags, GenerateFlags):
     """`ibft eval TASK`."""
 
-    output: str = flag("output", "", "folder for samples and results; not given: evaluation/TASK/MODEL")
+    output: str = flag("output", "", "folder for samples and results; not given: evaluation/TASK/MODEL", path=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -160,7 +160,7 @@ class DoctorFlags(SandboxFlags):
     """`ibft eval doctor`."""
 
     data: str | None = flag(
-        "task", None, "a folder with the tasks' files; without TASK: those whose file is there", NOT_EMPTY
+        "task", None, "a folder with the tasks' files; without TASK: those whose file is there", NOT_EMPTY, path=True
     )
     json: bool = flag("output", False, "print one JSON object, and nothing else, on stdout")
 
@@ -191,5 +191,9 @@ class PlotFlags(ReportFlags):
     """`ibft eval report`."""
 
     plot: str | None = flag(
-        "output", None, "file for Pass@k^(m) against m, a line for each folder: .png, .svg or .pdf", NOT_EMPTY
+        "output",
+        None,
+        "file for Pass@k^(m) against m, a line for each folder: .png, .svg or .pdf",
+        NOT_EMPTY,
+        path=True,
     )

@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ibft.errors import InputError
 from ibft.evaluate.metrics import metric_name
-
-
-def check_plot(file: Path) -> None:
-    """InputError where no plot can be drawn to `file`, before anything is computed."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise InputError('--plot draws with matplotlib, which is not installed: pip install "ibft[plot]".')
-    if file.suffix not in (".png", ".svg", ".pdf"):
-        raise InputError(f"--plot takes a file that ends in .png, .svg or .pdf, not {str(file)!r}.")
+from ibft.figure import save_figure, start_pyplot
 
 
 def plot(reports: Sequence[Mapping[str, Any]], file: Path) -> int:
     """Draws the reports' Pass@k^(m), with its intervals, for the largest k that all have; returns that k."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    pyplot = start_pyplot()
     from matplotlib.ticker import MaxNLocator
 
     k = max(set.intersection(*(set(each["ks"]) for each in reports)))
@@ -46,6 +34,5 @@ def plot(reports: Sequence[Mapping[str, Any]], file: Path) -> int:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(file, dpi=150)
-    pyplot.close(figure)
+    save_figure(figure, file)
     return k

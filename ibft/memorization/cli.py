@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Sequence
-from typing import Any
 
 from ibft.errors import InputError, Interrupted
-from ibft.flags import did_you_mean, read_flags, require
+from ibft.flags import did_you_mean, parse_flags
 from ibft.memorization.config import FilterFlags, PlotFlags, ScoreFlags
 
 _USAGE = """usage: ibft memorization COMMAND [options]
@@ -35,7 +34,9 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _score(argv: Sequence[str]) -> None:
-    config = _read(ScoreFlags, argv, "score", "Min-K% Prob and Min-K%++ of every row of a dataset by a model.")
+    config = parse_flags(
+        ScoreFlags, argv, "ibft memorization score", "Min-K% Prob and Min-K%++ of every row of a dataset by a model."
+    )
     from ibft.memorization.score import score
 
     try:
@@ -47,7 +48,7 @@ def _score(argv: Sequence[str]) -> None:
 def _plot(argv: Sequence[str]) -> None:
     names: list[str] = []
     description = "Densities of the scores in files of `ibft memorization score`, and how far apart each two lie."
-    config = _read(PlotFlags, argv, "plot", description, ("FILE...", names))
+    config = parse_flags(PlotFlags, argv, "ibft memorization plot", description, words=("FILE...", names))
     if not names:
         raise InputError("`ibft memorization plot` takes files of scores: ibft memorization plot FILE... --output PNG.")
     from ibft.memorization.plot import compare, describe
@@ -57,19 +58,16 @@ def _plot(argv: Sequence[str]) -> None:
 
 
 def _filter(argv: Sequence[str]) -> None:
-    config = _read(FilterFlags, argv, "filter", "A dataset without the rows that a model knows best, all columns kept.")
+    config = parse_flags(
+        FilterFlags,
+        argv,
+        "ibft memorization filter",
+        "A dataset without the rows that a model knows best, all columns kept.",
+    )
     from ibft.memorization.filter import describe, filter_rows
 
     result = filter_rows(config)
     print(json.dumps(result, indent=2) if config.json else describe(result))
-
-
-def _read(
-    cls: Any, argv: Sequence[str], command: str, description: str, words: tuple[str, list[str]] | None = None
-) -> Any:
-    flags = read_flags(cls, argv, f"ibft memorization {command}", description, words=words)
-    require(cls, flags, f"ibft memorization {command}")
-    return cls(**flags)
 
 
 _COMMANDS = {"score": _score, "plot": _plot, "filter": _filter}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import math
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ import numpy as np
 from ibft.config import Measure
 from ibft.data.memorized import ScoreTable
 from ibft.errors import InputError
+from ibft.figure import check_figure, save_figure, start_pyplot
 from ibft.memorization.config import PlotFlags
 from ibft.memorization.separation import separation
 
@@ -30,7 +30,7 @@ def compare(config: PlotFlags, names: Sequence[str]) -> dict[str, Any]:
     InputError for files that cannot be compared: one without scores, or scores of another k, span or dtype.
     """
     if config.output is not None:
-        _check_figure(Path(config.output))
+        check_figure(Path(config.output), "--output")
     if config.labels and len(config.labels) != len(names):
         raise InputError(
             f"--labels gives {len(config.labels)} labels for {len(names)} files; give one for each, or none."
@@ -119,11 +119,6 @@ def _near(values: np.ndarray) -> np.ndarray:
 
 
 def _draw(scores: Sequence[np.ndarray], labels: Sequence[str], measure: Measure, k: float | None, file: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     upper = None if measure == "min_k_plus_plus" else 0.0
     margin = 3 * max(map(_bandwidth, scores))
     shown = [_near(values) for values in scores]
@@ -135,7 +130,7 @@ def _draw(scores: Sequence[np.ndarray], labels: Sequence[str], measure: Measure,
         )
     )
     grid = grid if upper is None else np.append(grid[grid < upper], upper)
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    figure, axes = start_pyplot().subplots(figsize=(7, 4), layout="constrained")
     for values, label in zip(scores, labels, strict=True):
         heights = density(values, grid, upper)
         (line,) = axes.plot(grid, heights, label=f"{label} ({len(values):,})")
@@ -143,16 +138,7 @@ def _draw(scores: Sequence[np.ndarray], labels: Sequence[str], measure: Measure,
     axes.set(xlabel=_AXES[measure].format(k="K" if k is None else f"{100 * k:g}"), ylabel="density")
     axes.set_ylim(bottom=0)
     axes.legend()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=150)
-    pyplot.close(figure)
-
-
-def _check_figure(file: Path) -> None:
-    if importlib.util.find_spec("matplotlib") is None:
-        raise InputError('--output draws with matplotlib, which is not installed: pip install "ibft[plot]".')
-    if file.suffix not in (".png", ".svg", ".pdf"):
-        raise InputError(f"--output takes a file that ends in .png, .svg or .pdf, not {str(file)!r}.")
+    save_figure(figure, file)
 
 
 def _common_settings(tables: Sequence[ScoreTable]) -> dict[str, Any]:

@@ -25,13 +25,13 @@ from ibft.data.mixture import Part, encode_parts, load_sources
 from ibft.errors import InputError
 from ibft.evaluate.local_model import load_model
 from ibft.export import own_tokenizer, read_source
-from ibft.loading import check_vocabulary, load_base_config, load_tokenizer, quiet_libraries
+from ibft.loading import check_positions, check_vocabulary, load_base_config, load_tokenizer, quiet_libraries
 from ibft.memorization.config import ScoreFlags, check_output
 from ibft.memorization.score_file import ScoreFile
 from ibft.memorization.scores import Scores, score_batches
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
     from ibft.export import Source
 
@@ -46,12 +46,12 @@ def score(config: ScoreFlags) -> Path:
     if name is None:
         raise InputError(f"--adapter {config.adapter!r} names no base model; name it with --model.")
     tokenizer = (own_tokenizer(adapter) if adapter is not None else None) or load_tokenizer(name)
-    settings = config.data(name)
+    settings = config.train_config(name)
     named = load_sources(settings)
     parts = [Part(dataset, source, np.arange(source.table.num_rows)) for dataset, source in named]
     data = encode_parts(settings, tokenizer, parts)
     print("\n".join(data.report.lines()), file=sys.stderr)
-    _check_positions(load_base_config(name), data, name)
+    check_positions(name, load_base_config(name), int(data.lengths.max()))
     digests = [row_digests(source) for _, source in named]
     content = "".join([data.fingerprint, *itertools.chain.from_iterable(digests)])
     identity = {
@@ -72,7 +72,7 @@ def score(config: ScoreFlags) -> Path:
             "float32 needs, and --use_cpu takes the host's memory."
         ) from error
     check_vocabulary(name, model, tokenizer, [data])
-    file.by(_model_digest(model, fingerprint))
+    file.check_model(_model_digest(model, fingerprint))
     if file.finished:
         print(f"{path} holds these scores already; nothing was done.", file=sys.stderr)
         return path
@@ -141,16 +141,6 @@ def _table(data: EncodedDataset, digests: Sequence[Sequence[str]], scores: Score
     order = np.lexsort((np.append(data.example_ids, np.zeros(len(absent), np.int64)), rows, sources))
     return pa.table([pa.array(columns[name], kind) for name, kind in zip(SCHEMA.names, SCHEMA.types, strict=True)],
                     schema=SCHEMA).take(pa.array(order))  # fmt: skip
-
-
-def _check_positions(config: PreTrainedConfig, data: EncodedDataset, name: str) -> None:
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    longest = int(data.lengths.max())
-    if positions is not None and longest > positions:
-        raise InputError(
-            f"a row has {longest:,} tokens, and model {name!r} has {positions:,} positions; --max_length can be "
-            f"{positions:,} at most."
-        )
 
 
 def _model_digest(model: PreTrainedModel, fingerprint: str) -> str:

@@ -27,7 +27,7 @@ _ANEW = "choose another --output, or pass --overwrite"
 
 
 class ScoreFile:
-    """The scores of `documents` documents. `identity` (JSON-able) is what they depend on beside the model: see `by`.
+    """The scores of `documents` documents. `identity` (JSON-able) is what they depend on, apart from the model.
 
     `done` [documents] bool tells which are there. Nothing is written before `begin`. InputError for a file that holds
     other scores, and no `overwrite`.
@@ -49,8 +49,8 @@ class ScoreFile:
         elif self._partial.exists() and not overwrite:
             self._read_partial()
 
-    def by(self, model: str) -> None:
-        """The digest of the model, which is known once it is loaded. InputError where the file holds another's."""
+    def check_model(self, model: str) -> None:
+        """Takes the model's digest, known once it is loaded, into the identity. InputError for another's scores."""
         self._identity["model"] = model
         if self._found is not None:
             self._check(*self._found)
@@ -71,7 +71,7 @@ class ScoreFile:
             yield
 
     def add(self, documents: np.ndarray, scores: Scores) -> None:
-        """Keeps the scores of these documents (indices); they are the system's to keep once this returns."""
+        """Keeps the scores of these documents (indices), which outlive this process once this returns."""
         columns = {name: column.tolist() for name, column in zip(Scores._fields, scores, strict=True)}
         self._append({"documents": documents.tolist(), **columns})
         self._put(documents, scores)

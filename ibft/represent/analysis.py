@@ -17,6 +17,7 @@ from ibft.errors import InputError
 from ibft.export import TRAINING_DTYPES, Source, read_source
 from ibft.loading import (
     cast_weights,
+    check_positions,
     check_vocabulary,
     compute_in_base_dtype,
     fingerprint,
@@ -139,10 +140,7 @@ class Analysis:
     def _check(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         CausalLM.of(base).check_causal()
         check_vocabulary(self.base_model, base, tokenizer, [self.data])
-        positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
-        longest = int(self.data.lengths[np.concatenate(self._documents)].max())
-        if positions is not None and longest > positions:
-            raise InputError(f"a row has {longest} tokens, and {self.base_model!r} has {positions} positions.")
+        check_positions(self.base_model, base.config, int(self.data.lengths[np.concatenate(self._documents)].max()))
         # A run's record is of the dtype that training loaded the model in, which need not be that of the file.
         ours = {fingerprint(base), *(fingerprint(base, dtype) for dtype in TRAINING_DTYPES)}
         for adapter in self.adapters:

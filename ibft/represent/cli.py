@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,8 +13,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ibft.config import FIELDS, TrainConfig, as_in_train
-from ibft.errors import InputError
+from ibft.config import DataFlags, Measure
+from ibft.errors import InputError, Interrupted
+from ibft.figure import check_figure
 from ibft.flags import (
     AT_LEAST_1,
     NOT_EMPTY,
@@ -22,11 +23,9 @@ from ibft.flags import (
     REQUIRED,
     check_fields,
     flag,
-    read_flags,
-    require,
+    parse_flags,
 )
-from ibft.memorization.config import Measure
-from ibft.represent.plot import FIGURE_NAME, check_plot, draw
+from ibft.represent.plot import FIGURE_NAME, draw
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,15 +35,14 @@ if TYPE_CHECKING:
     from ibft.data.memorized import ScoreTable
 
 RESULT_NAME = "representation.json"
-_PATHS = ("base_model", "scores", "output_dir")
 _MODEL, _GROUPS, _OUTPUT = "models", "groups", "output"
 
 
 @dataclass(frozen=True, kw_only=True)
-class RepresentConfig:
-    """The flags of `ibft represent`; those that say what the data is are `ibft train`'s own."""
+class ModelFlags:
+    """The models that are compared."""
 
-    base_model: str = flag(_MODEL, REQUIRED, "Hub name or folder of the causal language model", NOT_EMPTY)
+    base_model: str = flag(_MODEL, REQUIRED, "Hub name or folder of the causal language model", NOT_EMPTY, path=True)
     adapters: list[str] = flag(  # noqa: RUF009
         _MODEL, [], "runs of ibft train on it, as name=path: their folders, or checkpoints in them", verbatim=True
     )
@@ -54,18 +52,14 @@ class RepresentConfig:
         _MODEL, None, "from 1; if not given, the bottleneck's, and without one 20/32 up", AT_LEAST_1
     )
 
-    dataset: list[str] = as_in_train("dataset")  # noqa: RUF009
-    dataset_split: str = flag("data", "train", "split that was scored", NOT_EMPTY)
-    format: Literal["auto", "text", "chat"] = as_in_train("format")
-    separator: str | None = as_in_train("separator")
-    prompt_column: str | None = as_in_train("prompt_column")
-    response_column: str | None = as_in_train("response_column")
-    max_length: int = as_in_train("max_length")
-    bos: Literal["auto", "yes", "no"] = as_in_train("bos")
-    overlong: Literal["shorten", "drop"] = as_in_train("overlong")
-    num_proc: int | None = as_in_train("num_proc")
 
-    scores: str = flag(_GROUPS, REQUIRED, "file that `ibft memorization score` wrote for the dataset", NOT_EMPTY)
+@dataclass(frozen=True, kw_only=True)
+class RepresentConfig(DataFlags, ModelFlags):
+    """The flags of `ibft represent`."""
+
+    scores: str = flag(
+        _GROUPS, REQUIRED, "file that `ibft memorization score` wrote for the dataset", NOT_EMPTY, path=True
+    )
     measure: Measure = flag(  # noqa: RUF009
         _GROUPS, "min_k", "the score that counts; the higher, the more memorised"
     )
@@ -75,7 +69,7 @@ class RepresentConfig:
     )
     seed: int = flag(_GROUPS, 0, "of the random groups", NOT_NEGATIVE)
 
-    output_dir: str = flag(_OUTPUT, REQUIRED, f"folder for {RESULT_NAME} and {FIGURE_NAME}", NOT_EMPTY)
+    output_dir: str = flag(_OUTPUT, REQUIRED, f"folder for {RESULT_NAME} and {FIGURE_NAME}", NOT_EMPTY, path=True)
     overwrite: bool = flag(_OUTPUT, False, "replace what an earlier command left there")
     plot: bool = flag(_OUTPUT, True, "draw the figure")
     batch_tokens: int = flag(_OUTPUT, 8192, "positions in a batch, padding included", AT_LEAST_1)
@@ -83,15 +77,7 @@ class RepresentConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for name in _PATHS:
-            if getattr(self, name).startswith("~"):  # the shell leaves it alone in --output_dir=~/represent
-                object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))
         _ = self.share_of_rows
-
-    def data(self) -> TrainConfig:
-        """The data as `ibft train` is told of it; refuses what that would refuse."""
-        names = [name for name, field in FIELDS.items() if field.metadata["group"] == "data" and hasattr(self, name)]
-        return TrainConfig(base_model=self.base_model, **{name: getattr(self, name) for name in names})
 
     @property
     def share_of_rows(self) -> float:
@@ -110,12 +96,11 @@ class RepresentConfig:
 class PlotConfig:
     """The flags of `ibft represent plot`."""
 
-    plot: str = flag("output", REQUIRED, "file to draw: .png, .svg or .pdf", NOT_EMPTY)
+    plot: str = flag("output", REQUIRED, "file to draw: .png, .svg or .pdf", NOT_EMPTY, path=True)
     debug: bool = flag("output", False, "show the traceback of an error")
 
     def __post_init__(self) -> None:
         check_fields(self)
-        object.__setattr__(self, "plot", os.path.expanduser(self.plot))
 
 
 def main(argv: Sequence[str]) -> None:
@@ -123,7 +108,7 @@ def main(argv: Sequence[str]) -> None:
     if argv[:1] == ["plot"]:
         _plot(argv[1:])
         return
-    flags = read_flags(
+    config = parse_flags(
         RepresentConfig,
         argv,
         "ibft represent",
@@ -133,8 +118,10 @@ def main(argv: Sequence[str]) -> None:
         "\\\n    --dataset path/to/data.jsonl --scores path/to/scores.parquet --output_dir path/to/representation\n\n"
         "ibft represent plot DIR --plot FILE draws the figure of an output_dir anew.",
     )
-    require(RepresentConfig, flags, "ibft represent")
-    represent(RepresentConfig(**flags))
+    try:
+        represent(config)
+    except KeyboardInterrupt as interrupt:
+        raise Interrupted("interrupted; the same command starts over.", signal.SIGINT) from interrupt
 
 
 def represent(config: RepresentConfig) -> dict[str, Any]:
@@ -148,7 +135,7 @@ def represent(config: RepresentConfig) -> dict[str, Any]:
     if (folder / RESULT_NAME).exists() and not config.overwrite:
         raise InputError(f"output_dir {folder} holds a {RESULT_NAME}; choose another folder, or pass --overwrite.")
     if config.plot:
-        check_plot(folder / FIGURE_NAME, "--no_plot does without")
+        check_figure(folder / FIGURE_NAME, "--plot", "--no_plot does without")
     with leave_no_empty_folder(folder):
         prepare_output(folder, overwrite=True, resume=False)
         result = _compare(config)
@@ -225,7 +212,7 @@ def _scored_rows(
     from ibft.data.mixture import Part, encode_parts, load_sources
     from ibft.represent.groups import distinct_rows
 
-    settings = config.data()
+    settings = config.train_config(config.base_model)
     named = load_sources(settings)
     rows = [np.arange(source.table.num_rows) for _, source in named]
     scores = scores_of_rows(table, config.measure, named, rows)  # of all rows, one dataset after the other
@@ -305,12 +292,10 @@ def _number(value: float | None, form: str) -> str:
 def _plot(argv: Sequence[str]) -> None:
     named: list[str] = []
     description = "Draws the figure of a result of `ibft represent` anew."
-    flags = read_flags(PlotConfig, argv, "ibft represent plot", description, words=("DIR", named))
-    require(PlotConfig, flags, "ibft represent plot")
-    config = PlotConfig(**flags)
+    config = parse_flags(PlotConfig, argv, "ibft represent plot", description, words=("DIR", named))
     if len(named) != 1:
         raise InputError("`ibft represent plot` takes the output_dir of one `ibft represent`.")
-    check_plot(Path(config.plot))
+    check_figure(Path(config.plot), "--plot")
     file = Path(named[0]).expanduser()
     file = file / RESULT_NAME if file.is_dir() else file
     try:

@@ -40,7 +40,8 @@ class Distances:
         spread: root mean square distance of a row to the mean of its group (the groups pooled, n + m - 2 degrees of
             freedom).
         within_angle_degrees: mean angle of a row to the mean of its group.
-        separation: l2 / spread, which no scaling of the space changes, with its jackknife interval.
+        separation: l2 / spread, which no scaling of the space changes, with its jackknife interval, whose bounds are
+            NaN where the rows without one of them have no spread.
         chance_l2, chance_angle_degrees: the bounds of the middle 95% for random groups of the same rows and sizes.
         p_l2, p_angle: share of random groups that lie at least as far apart as these, which count as one of them.
     """
@@ -74,7 +75,7 @@ def between(a: np.ndarray, b: np.ndarray, *, permutations: int = PERMUTATIONS, s
         angle_degrees=angle,
         spread=math.sqrt((_squares(a).sum() + _squares(b).sum()) / (len(a) + len(b) - 2)),
         within_angle_degrees=float(np.concatenate([_angles(a, mean_a), _angles(b, mean_b)]).mean()),
-        separation=Interval(separation.value, max(0.0, separation.low), separation.high),
+        separation=separation._replace(low=float(np.maximum(separation.low, 0))),  # unlike max, it keeps a NaN
         chance_l2=_middle(chance_l2),
         chance_angle_degrees=_middle(chance_angle),
         p_l2=_p_value(chance_l2, l2),

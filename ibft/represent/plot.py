@@ -2,40 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ibft.errors import InputError
+from ibft.figure import save_figure, start_pyplot
 
 FIGURE_NAME = "representation.png"
 _GROUPS = (("least", "C0", "o"), ("most", "C3", "^"))  # name, colour, marker
 _CHANCE = "0.85"
 
 
-def check_plot(file: Path, otherwise: str = "") -> None:
-    """InputError where no figure can be drawn to `file`, before anything is computed."""
-    if importlib.util.find_spec("matplotlib") is None:
-        advice = f" ({otherwise})" if otherwise else ""
-        raise InputError(
-            f'the figure is drawn with matplotlib, which is not installed: pip install "ibft[plot]"{advice}.'
-        )
-    if file.suffix not in (".png", ".svg", ".pdf"):
-        raise InputError(f"--plot takes a file that ends in .png, .svg or .pdf, not {str(file)!r}.")
-
-
 def draw(result: dict[str, Any], file: Path) -> None:
     """Draws what `ibft represent` found: a projection for each model above, the measures of all of them below."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     models = result["models"]
     bottlenecks = [entry for entry in models if entry["bottleneck"] is not None]
     columns = max(len(models), 2 + bool(bottlenecks))
-    figure: Any = pyplot.figure(figsize=(3.6 * columns, 7), layout="constrained")
+    figure = start_pyplot().figure(figsize=(3.6 * columns, 7), layout="constrained")
     above, below = figure.subfigures(2, 1)
     _projections(above, models, result["layer"])
     axes = below.subplots(1, 2 + bool(bottlenecks))
@@ -43,8 +26,7 @@ def draw(result: dict[str, Any], file: Path) -> None:
     _angles(axes[1], models)
     if bottlenecks:
         _kl(axes[2], bottlenecks)
-    figure.savefig(file, dpi=150)
-    pyplot.close(figure)
+    save_figure(figure, file)
 
 
 def _projections(figure: Any, models: Sequence[dict[str, Any]], layer: int) -> None:
@@ -69,9 +51,9 @@ def _separations(ax: Any, models: Sequence[dict[str, Any]]) -> None:
     for place, entry in enumerate(models):
         found = entry["hidden"]
         value, low, high = found["separation"]
+        bounds = None if low is None else [[value - low], [high - value]]  # very small groups may have none
         _chance(ax, place, [bound / found["spread"] for bound in found["chance_l2"]])
-        if low is not None:
-            ax.errorbar(place, value, [[value - low], [high - value]], fmt="o", color="black", capsize=3)
+        ax.errorbar(place, value, bounds, fmt="o", color="black", capsize=3)
     _by_model(ax, models)
     ax.set(title="L2 between the group means", ylabel="in spreads of a group")
     ax.set_ylim(bottom=0)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ibft.cli import main
 from ibft.lab.tasks import generate_tasks, write_jsonl
 from ibft.lab.tiny import build_llama, build_tokenizer, save_base
 
@@ -30,3 +31,13 @@ def tasks_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("data") / "tasks.jsonl"
     write_jsonl(generate_tasks(24, seed=2), file)
     return file
+
+
+@pytest.fixture(scope="session")
+def adapter_folder(base_folder: Path, tasks_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of `ibft train` with a bottleneck, its adapter strong enough to change what the base model predicts."""
+    folder = tmp_path_factory.mktemp("adapter") / "run"
+    options = "--max_length 128 --target_layer 1 --bottleneck_dim 8 --lora_r 4 --max_steps 8 --learning_rate 3e-2"
+    command = f"train --base_model {base_folder} --dataset {tasks_file} --output_dir {folder} {options} --use_cpu"
+    assert main(command.split()) == 0
+    return folder

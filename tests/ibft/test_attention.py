@@ -22,7 +22,7 @@ from ibft.architecture import CausalLM
 from ibft.attention import VARLEN, Attention, select_attention, varlen_attention
 from ibft.cli import main
 from ibft.data import collate, document_lengths
-from ibft.data.encode import Document
+from ibft.data.encoded import Document
 
 ROWS = [[7, 1, 5], [9, 2]]  # documents longer and shorter than the windows of 4; the second row is padded
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

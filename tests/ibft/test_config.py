@@ -10,7 +10,8 @@ from importlib.machinery import ModuleSpec
 import pytest
 
 from ibft.adapter import lora_config
-from ibft.config import Scheduler, TrainConfig, check_engine, parse_args, preset_values
+from ibft.arguments import check_engine, parse_args, preset_values
+from ibft.config import Scheduler, TrainConfig
 from ibft.errors import InputError
 
 READ_WHEN_PARSED = (

@@ -5,8 +5,9 @@ import random
 
 import pytest
 
+from ibft.arguments import parse_args
 from ibft.cli import main
-from ibft.config import TrainConfig, parse_args
+from ibft.config import TrainConfig
 from ibft.config_file import read_config_file
 from ibft.errors import InputError
 from ibft.reference import EXAMPLE

@@ -122,7 +122,7 @@ def test_the_plans_counts_are_those_of_the_batches() -> None:
 _WORKER = """
 import sys, torch
 from ibft import train
-from ibft.config import parse_args
+from ibft.arguments import parse_args
 kept = {}
 real = torch.nn.utils.clip_grad_norm_
 def keep(parameters, norm):

@@ -341,10 +341,10 @@ def test_an_unfinished_run_names_its_checkpoints(
     [
         (lambda run: (run / "adapter_model.safetensors").write_bytes(b"\0" * 40), "cannot be read"),
         (lambda run: save_file({}, run / "adapter_model.safetensors"), "holds no weights"),
-        (lambda run: (run / "adapter_config.json").write_text("{"), "cannot be read as JSON"),
-        (lambda run: (run / "adapter_config.json").write_text("[]"), "must hold a JSON object, not list"),
+        (lambda run: (run / "adapter_config.json").write_text("{"), "is not valid JSON"),
+        (lambda run: (run / "adapter_config.json").write_text("[]"), "must hold a JSON object {...}, not []"),
         (lambda run: (run / "adapter_config.json").write_text('{"peft_type": "IA3"}'), "peft_type is 'IA3'"),
-        (lambda run: (run / "ibft.json").write_text("{"), "ibft.json cannot be read as JSON"),
+        (lambda run: (run / "ibft.json").write_text("{"), "ibft.json is not valid JSON"),
         (lambda run: (run / "ibft.json").write_text('{"config": {}}'), "is no record of `ibft train`"),
         (lambda run: (run / "tokenizer.json").write_text("{"), "the tokenizer in"),
     ],

@@ -15,7 +15,7 @@ import ibft.speed
 import ibft.train
 from ibft.cli import main
 from ibft.data import BatchPlan, collate
-from ibft.data.encode import Document
+from ibft.data.encoded import Document
 from ibft.speed import MEASURED, PHASES, Peak, Speedometer, peak_of
 
 QUICK = "--max_length 128 --bottleneck_dim 16 --lora_r 4 --max_steps 4 --logging_steps 2"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import gzip
-import hashlib
 import json
 import os
 import re
@@ -31,6 +30,7 @@ import pyarrow.parquet
 import pytest
 import transformers
 from safetensors.torch import load_file, save_file
+from snapshot import contents
 
 import ibft.cli
 import ibft.tracking
@@ -650,13 +650,11 @@ EXPORT = {
     "export_damaged_weights": export(
         "", "adapter_model.safetensors cannot be read", cut("run/adapter_model.safetensors", 99)
     ),
-    "export_damaged_config": export(
-        "", "adapter_config.json cannot be read as JSON", cut("run/adapter_config.json", 9)
-    ),
+    "export_damaged_config": export("", "adapter_config.json is not valid JSON", cut("run/adapter_config.json", 9)),
     "export_prompt_tuning": export(
         "", "peft_type is 'IA3'; only LORA", lambda world: world.json("run/adapter_config.json", {"peft_type": "IA3"})
     ),
-    "export_damaged_record": export("", "ibft.json cannot be read as JSON", cut("run/ibft.json", 9)),
+    "export_damaged_record": export("", "ibft.json is not valid JSON", cut("run/ibft.json", 9)),
     "export_record_of_another_tool": export(
         "", "ibft.json is no record of `ibft train`", lambda world: world.json("run/ibft.json", {"config": 5})
     ),
@@ -782,14 +780,6 @@ def ibft_command(world: World, tasks_file: Path) -> Callable[[str], int]:
             resource.setrlimit(resource.RLIMIT_FSIZE, DISK)
 
     return run
-
-
-def contents(folder: Path) -> dict[str, str]:
-    """Every file and folder below, and what it holds."""
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
-        for path in folder.rglob("*")
-    }
 
 
 @pytest.mark.parametrize("name", WRONG)

@@ -12,8 +12,9 @@ import huggingface_hub
 import numpy as np
 import pytest
 
+from ibft.arguments import parse_args
 from ibft.cli import run_command
-from ibft.config import TrainConfig, parse_args
+from ibft.config import TrainConfig
 from ibft.data import EncodedDataset, load_data
 from ibft.errors import InputError
 from ibft.legacy import read_training_config

@@ -1,4 +1,4 @@
-"""Fixtures of the evaluation tests: a task of one's own, and an adapter trained on the tiny base model."""
+"""Fixtures of the evaluation tests: a task of one's own, and what its samples are judged by."""
 
 import json
 import os
@@ -8,7 +8,6 @@ from typing import Any, NoReturn
 
 import pytest
 
-from ibft.cli import main
 from ibft.errors import InputError
 from ibft.evaluate.python_verdict import INTERPRETER
 from ibft.evaluate.sandbox import Sandbox, choose_sandbox, readable_folders
@@ -36,16 +35,6 @@ def own_task(own_rows: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFa
     file = tmp_path_factory.mktemp("task") / "own.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in own_rows))
     return file
-
-
-@pytest.fixture(scope="session")
-def adapter_folder(base_folder: Path, tasks_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of `ibft train` with a bottleneck, its adapter strong enough to change what the base model writes."""
-    folder = tmp_path_factory.mktemp("adapter") / "run"
-    options = "--max_length 128 --target_layer 1 --bottleneck_dim 8 --lora_r 4 --max_steps 8 --learning_rate 3e-2"
-    command = f"train --base_model {base_folder} --dataset {tasks_file} --output_dir {folder} {options} --use_cpu"
-    assert main(command.split()) == 0
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from snapshot import contents
 
 import ibft.evaluate.execute
 from ibft.cli import main
@@ -183,10 +184,6 @@ def test_interrupted(
     (tmp_path / "samples.jsonl").write_text('{"task_id": "add/0", "completion": "x"}\n')
     assert main(["eval", *RUN.format(task=own_task, here=tmp_path).split()]) == 130
     assert capsys.readouterr().err == "ibft: interrupted; the same command goes on where it stopped.\n"
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"" for path in folder.rglob("*")}
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from ibft.data.encode import EncodedDataset, encode
+from ibft.data import EncodedDataset, encode
 from ibft.data.sources import load_rows
 from ibft.errors import InputError
 from ibft.evaluate.problems import Problem

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from ibft.cli import main
 from ibft.data import encode, load_rows
 from ibft.lab.tasks import Task, generate_tasks
 from ibft.lab.tiny import build_llama, build_tokenizer, save_base
@@ -55,13 +54,3 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Planted:
         optimizer.zero_grad()
     save_base(model.eval(), tokenizer, folder / "base")
     return Planted(folder / "base", **files)
-
-
-@pytest.fixture(scope="session")
-def adapter_folder(base_folder: Path, tasks_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of `ibft train` with a bottleneck, its adapter strong enough to change what the base model predicts."""
-    folder = tmp_path_factory.mktemp("adapter") / "run"
-    options = "--max_length 128 --target_layer 1 --bottleneck_dim 8 --lora_r 4 --max_steps 8 --learning_rate 3e-2"
-    command = f"train --base_model {base_folder} --dataset {tasks_file} --output_dir {folder} {options} --use_cpu"
-    assert main(command.split()) == 0
-    return folder

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shlex
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from snapshot import contents
 
 from ibft.cli import main
 
@@ -95,7 +95,7 @@ WRONG = [
         "was scored with --k 0.2 and",
         **{"x.jsonl": "{scores}", "x.jsonl.record.json": '{"k": 0.1}'},
     ),
-    plot("{here}/x.jsonl", "cannot be read as JSON", **{"x.jsonl": "{scores}", "x.jsonl.record.json": "{"}),
+    plot("{here}/x.jsonl", "record.json is not valid JSON", **{"x.jsonl": "{scores}", "x.jsonl.record.json": "{"}),
     filtered("", "--drop_top must be given"),
     filtered("--drop_top 0%", "--drop_top takes a share of the rows, their number, or the score above which they are"),
     filtered("--drop_top 100%", "not '100%'"),
@@ -161,13 +161,6 @@ def shell(scored: Path, base_folder: Path, tasks_file: Path, tmp_path: Path) -> 
         return main(words)
 
     return run
-
-
-def contents(folder: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
-        for path in folder.rglob("*")
-    }
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: f"{wrong.command[-40:]} {wrong.sentence[:30]}")

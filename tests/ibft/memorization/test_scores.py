@@ -20,7 +20,7 @@ import ibft.memorization.scores
 from ibft import IBConfig
 from ibft.architecture import CausalLM
 from ibft.data import EncodedDataset, encode, load_rows
-from ibft.data.encode import Origin
+from ibft.data.encoded import Origin
 from ibft.data.tokens import FEATURES
 from ibft.errors import InputError
 from ibft.memorization.scores import Scores, score_batches, score_documents

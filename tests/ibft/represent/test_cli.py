@@ -289,6 +289,19 @@ def test_the_figure_of_a_base_model_alone(result: dict[str, Any], tmp_path: Path
     assert (tmp_path / "base.pdf").read_bytes().startswith(b"%PDF")
 
 
+def test_a_separation_without_an_interval_is_drawn(
+    result: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.figure import Figure
+
+    drawn: list[Any] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure.subfigs[1].axes[0]))
+    base = result["models"][0]
+    hidden = {**base["hidden"], "separation": [2.5, None, None]}
+    draw({**result, "models": [{**base, "hidden": hidden}]}, tmp_path / "figure.png")
+    assert [2.5] in [np.asarray(line.get_ydata()).tolist() for line in drawn[0].lines]
+
+
 WRONG = {
     "share_zero": ("--share 0", "--share takes a share of the rows above 0 and at most 50%, as 10% or 0.1, not '0'"),
     "share_too_large": ("--share 60%", "at most 50%, as 10% or 0.1, not '60%'"),

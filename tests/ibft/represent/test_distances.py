@@ -149,6 +149,8 @@ def test_means_that_coincide_or_vanish() -> None:
     assert found.l2 == 0 and found.p_l2 == 1
     assert math.isnan(found.angle_degrees) and math.isnan(found.p_angle)
     assert math.isnan(ratio(a, a, a, a).low)
+    bounds = between(a, np.ones((2, 2))).separation  # without either row of the first group, no two rows differ
+    assert bounds.value == pytest.approx(math.sqrt(2)) and math.isnan(bounds.low) and math.isnan(bounds.high)
     uneven = between(a, np.array([[2.0, 0], [-1, 0], [-1, 0]])).separation
     assert uneven.value == uneven.low == 0 < uneven.high  # a distance is not negative
 

@@ -10,7 +10,7 @@ from peft import PromptTuningConfig, get_peft_model
 from torch import nn
 
 from ibft import IBConfig, IBModel, InputError
-from ibft.data.encode import Document
+from ibft.data.encoded import Document
 from ibft.objective import active_share
 from ibft.represent.states import Span, bottleneck_statistics, hidden_means
 from ibkernels import variational_bottleneck

@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command == "train":
         from ibft import train
 
-        return run_command(train.main, rest)
+        return run_command(train.main, rest, interrupted=train.INTERRUPTED)
     if command == "eval":
         from ibft.evaluate import cli as evaluation
 
@@ -69,8 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 2
 
 
-def run_command(command: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
+def run_command(command: Callable[[Sequence[str]], None], argv: Sequence[str], *, interrupted: str = "") -> int:
     """Runs a command; every error that is no bug becomes a sentence, and with `--debug` its traceback too.
+
+    `interrupted`: what Ctrl-C leaves to be done, in words.
 
     Exit code 2: a wrong input, which another command line or file would mend. Exit code 1: the run failed on the way,
     because it diverged or because the system refused (disk full, no permission, file gone): an OSError with an errno.
@@ -96,10 +98,7 @@ def run_command(command: Callable[[Sequence[str]], None], argv: Sequence[str]) -
         print(f"ibft: error{where}: {' '.join(message.splitlines())}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt:
-        print(
-            f"ibft: interrupted{where}; `--resume` continues from the newest checkpoint, if there is one.",
-            file=sys.stderr,
-        )
+        print(f"ibft: interrupted{where}{interrupted}.", file=sys.stderr)
         return 130
     return 0
 

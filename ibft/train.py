@@ -42,6 +42,7 @@ from ibft.step_records import SUMMARY, StepRecord, is_finite, stack_terms, to_ho
 from ibft.tracking import Metrics, start_trackers, usable_trackers
 from ibft.validation import Validation
 
+INTERRUPTED = "; `--resume` continues from the newest checkpoint, if there is one"  # a second Ctrl-C, or an early one
 _COLLAPSED = (
     "warning: the posterior has collapsed: no dimension of the bottleneck varies with the input (all have "
     "Var(mu) <= 0.01), so KL and CE_ib teach nothing. A larger --beta, a smaller --kl_weight, --free_bits, "
@@ -239,4 +240,4 @@ def _interruption(run: Run, done: int, number: int) -> Interrupted:
 if __name__ == "__main__":
     from ibft.cli import run_command
 
-    sys.exit(run_command(main, sys.argv[1:]))
+    sys.exit(run_command(main, sys.argv[1:], interrupted=INTERRUPTED))

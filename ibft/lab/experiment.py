@@ -51,7 +51,7 @@ class LabConfig:
     full: bool = flag(
         "lab", False, "every regime and arm, several seeds: about an hour on two free cores, two hours at the most"
     )
-    output_dir: str = flag("lab", "ibft-lab", "folder for models, results and report", NOT_EMPTY)
+    output_dir: str = flag("lab", "ibft-lab", "folder for models, results and report", NOT_EMPTY, path=True)
     seed: int = flag(
         "lab", FIRST_SEED, "the first seed; settings were chosen on 0 to 2, which therefore flatter them", SEED
     )

@@ -973,6 +973,16 @@ def test_what_the_system_refuses_elsewhere_is_a_sentence_too(
     assert "Traceback" in capsys.readouterr().err
 
 
+def test_only_training_speaks_of_resume_when_it_is_interrupted(capsys: pytest.CaptureFixture[str]) -> None:
+    def command(argv: Any) -> None:
+        raise KeyboardInterrupt
+
+    assert ibft.cli.run_command(command, []) == 130
+    assert capsys.readouterr().err == "ibft: interrupted.\n"
+    assert ibft.cli.run_command(command, [], interrupted=ibft.train.INTERRUPTED) == 130
+    assert "`--resume` continues" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("bug", [RuntimeError("a bug"), KeyError("a bug"), OSError("without an errno")])
 def test_bugs_keep_their_traceback(bug: Exception) -> None:
     def command(argv: Any) -> None:

@@ -38,6 +38,7 @@ _ENVIRONMENT = {
     "OPENBLAS_NUM_THREADS": "1",
     "DS_ACCELERATOR": "cpu",
 }
+_SECONDS_TO_CTRL_C = 0.5  # how often it is looked at
 SEEDS = 4  # of --full
 FIRST_SEED = 10  # none of plan.TRIAL_SEEDS, on which settings were chosen
 SEED: Check = (lambda v: 0 <= v < 2**31, "between 0 and 2**31 - 1")
@@ -248,9 +249,9 @@ def _run_pieces(pieces: Sequence[Piece], workers: int) -> Exception | None:
         # A fresh interpreter for each process: a forked one would inherit the threads of the libraries.
         with (
             ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_one_thread) as pool,
-            _ended_by_ctrl_c(),
+            _ctrl_c_noted() as noted,
         ):
-            return _work_off(pieces, pool, workers)
+            return _work_off(pieces, pool, workers, noted)
     except BrokenProcessPool:
         return FailedElsewhere(
             "a process of the experiment was killed (was there too little memory?); the same command goes on where it "
@@ -261,7 +262,10 @@ def _run_pieces(pieces: Sequence[Piece], workers: int) -> Exception | None:
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
 
 
-def _work_off(pieces: Sequence[Piece], pool: ProcessPoolExecutor, workers: int) -> Exception | None:
+def _work_off(
+    pieces: Sequence[Piece], pool: ProcessPoolExecutor, workers: int, ctrl_c: Sequence[int]
+) -> Exception | None:
+    others = multiprocessing.active_children()
     done = 0
     failure: Exception | None = None
     waiting, running = list(pieces), dict[Future[None], Piece]()
@@ -272,7 +276,12 @@ def _work_off(pieces: Sequence[Piece], pool: ProcessPoolExecutor, workers: int) 
             with _ctrl_c_held_back():
                 running[pool.submit(piece.run, *piece.arguments)] = piece
         assert running, "a piece needs what no piece makes"
-        finished, _ = wait(running, return_when=FIRST_COMPLETED)
+        finished, _ = wait(running, timeout=_SECONDS_TO_CTRL_C, return_when=FIRST_COMPLETED)
+        if ctrl_c:
+            for process in multiprocessing.active_children():
+                if process not in others:
+                    process.terminate()
+            raise KeyboardInterrupt
         for future in finished:
             piece = running.pop(future)
             try:
@@ -290,16 +299,14 @@ def _work_off(pieces: Sequence[Piece], pool: ProcessPoolExecutor, workers: int) 
 
 
 @contextlib.contextmanager
-def _ended_by_ctrl_c() -> Iterator[None]:
-    """Ctrl-C within the block also ends the processes that were started there, which do not see it themselves."""
-    others = multiprocessing.active_children()
+def _ctrl_c_noted() -> Iterator[Sequence[int]]:
+    """Ctrl-C adds to what this gives. An exception might come while a lock of a future is held, and leave it so."""
+    noted: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: noted.append(number))
     try:
-        yield
-    except KeyboardInterrupt:
-        for child in multiprocessing.active_children():
-            if child not in others:
-                child.terminate()
-        raise
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextlib.contextmanager

@@ -10,20 +10,22 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.measure import BETWEEN_RUNS, CONFIDENCE, resampled_medians
+from benchmarks.ops import PRODUCTS
 from benchmarks.tables import markdown
 
 Record = dict[str, Any]
 Samples = dict[str, list[float]]
 # What a group's times are relative to: never of this project, whose changes would cancel out.
-BASELINES = ("eager", "eager-sft", "eager-ib, published")
+BASELINES = ("eager", "eager-sft", "eager-ib, published", PRODUCTS)
 _PEAK_GROWTH = 1.05
 _MIB = 2**20
 
 
 class Group(NamedTuple):
-    """Variants that were interleaved: seconds, and bytes at the peak where they were measured."""
+    """Variants that were interleaved, of one size: seconds, and bytes at the peak where they were measured."""
 
     name: str
+    size: Any
     seconds: Samples
     peaks: dict[str, float]
 
@@ -48,12 +50,12 @@ def groups(record: Record) -> Iterator[Group]:
     """All that a record has timed. Raises KeyError for what is no record."""
     if "cases" in record:  # of ops, or of a GPU
         for name, case in record["cases"].items():
-            yield Group(name, case["seconds"], case["peak_bytes"])
+            yield Group(name, case.get("size"), case["seconds"], case["peak_bytes"])
     elif "sweeps" in record:
         for name, sweep in record["sweeps"].items():
             for point in sweep["points"]:
                 value = point["size"][sweep["axis"]]
-                yield Group(f"{name}={value}", point["seconds"], point["peak_bytes"])
+                yield Group(f"{name}={value}", point["size"], point["seconds"], point["peak_bytes"])
     elif "axes" in record:
         for axis, points in record["axes"].items():
             for point in points:
@@ -63,13 +65,13 @@ def groups(record: Record) -> Iterator[Group]:
 
 
 def compare(old: Record, new: Record) -> list[Change]:
-    """Of every variant that both have."""
+    """Of every variant that both have, at the same size."""
     before = {group.name: group for group in groups(old)}
     changes = []
     for group in groups(new):
-        if group.name not in before:
+        other = before.get(group.name)
+        if other is None or other.size != group.size:
             continue
-        other = before[group.name]
         baseline = next((name for name in BASELINES if name in group.seconds and name in other.seconds), None)
         for name in group.seconds.keys() & other.seconds.keys() - {baseline}:
             one, two = (_relative(each.seconds, name, baseline) for each in (other, group))
@@ -102,6 +104,12 @@ def differences(old: Record, new: Record) -> list[str]:
         for name in ("cpu", "name", "threads")
         if old["device"].get(name) != new["device"].get(name)
     ]
+    sizes = {group.name: group.size for group in groups(old)}
+    found += [
+        f"{group.name}: another size, so not compared"
+        for group in groups(new)
+        if sizes.get(group.name, group.size) != group.size
+    ]
     names = sorted(old["versions"].keys() | new["versions"].keys())
     return found + [
         f"{name}: {old['versions'].get(name)} and {new['versions'].get(name)}"
@@ -113,7 +121,7 @@ def differences(old: Record, new: Record) -> list[str]:
 def _step(name: str, record: Record) -> Group:
     peaks = {variant: (mib["peak"] - mib["rest"]) * _MIB for variant, mib in record.get("memory_mib", {}).items()}
     peaks |= {variant: mib * _MIB for variant, mib in record.get("peak_mib", {}).items()}
-    return Group(name, record["seconds"], peaks)
+    return Group(name, record.get("size"), record["seconds"], peaks)
 
 
 def _relative(seconds: Samples, name: str, baseline: str | None) -> np.ndarray:

@@ -66,7 +66,8 @@ class Op:
         for name, call in {COMPILED: self.eager, **self.compiled}.items():
             found[name] = torch.compile(call, fullgraph=True, dynamic=False, backend=backend)
         peers = dict(self.peers)
-        if dtype != torch.float32 and peers.pop(_AUTO, None):
+        if dtype != torch.float32 and _AUTO in peers:
+            del peers[_AUTO]
             missing[_AUTO] = "timed in float32 alone: it takes several times as long as a given chunk"
         return found | peers, missing
 

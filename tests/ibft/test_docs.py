@@ -67,6 +67,7 @@ OTHER_FLAGS = {
     *("no-build-isolation", "no-deps", "version", "help"),
     *("nproc_per_node", "shutdown-timeout", "signals-to-handle", "local-dir", "security-opt", "cap-add"),
     *("device", "port", "enable-lora", "lora-modules", "max-lora-rank", "plots"),
+    *("record", "records", "rounds", "threads", "benchmark-quiet"),
 }
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"

@@ -36,25 +36,12 @@ def bottlenecks(lab: Lab, found: Findings) -> Any:
 def options(lab: Lab, found: Findings, plain: Arm) -> Any:
     """KL over time of an arm, and of the options that change it."""
     arms = [plain, *(arm for arm in lab.arms_in(found.regime, "option") if plain.name in arm.of)]
-    if not _series(lab, found, arms, "kl_nats"):
-        return None
-    figure, (axes,) = new_axes(2.3 + 0.165 * len(arms))
-    _over_time(axes, lab, found, arms, "kl_nats")
-    axes.set_xlabel("fine-tuning step")
-    legend_below(figure, axes)
-    return figure
+    return _alone(lab, found, arms, "kl_nats", 2.3)
 
 
 def losses(lab: Lab, found: Findings) -> Any:
     """The fine-tuning's loss over time."""
-    arms = shown_arms(lab, found)
-    if not _series(lab, found, arms, "ce"):
-        return None
-    figure, (axes,) = new_axes(2.6 + 0.165 * len(arms))
-    _over_time(axes, lab, found, arms, "ce")
-    axes.set_xlabel("fine-tuning step")
-    legend_below(figure, axes)
-    return figure
+    return _alone(lab, found, shown_arms(lab, found), "ce", 2.6)
 
 
 def base_curves(lab: Lab, found: Findings) -> Any:
@@ -72,6 +59,17 @@ def base_curves(lab: Lab, found: Findings) -> Any:
     axes.set_ylim(bottom=0)
     axes.set_xlabel("pretraining step")
     axes.set_title("pretraining loss, nats per token", fontsize=8, fontweight="normal")
+    legend_below(figure, axes)
+    return figure
+
+
+def _alone(lab: Lab, found: Findings, arms: list[Arm], field: str, height: float) -> Any:
+    """One field over time, of that height without its legend; None where no run has it."""
+    if not _series(lab, found, arms, field):
+        return None
+    figure, (axes,) = new_axes(height + 0.165 * len(arms))
+    _over_time(axes, lab, found, arms, field)
+    axes.set_xlabel("fine-tuning step")
     legend_below(figure, axes)
     return figure
 

@@ -8,6 +8,7 @@ whose numbers stay short. Whatever else a model writes is no program of the lang
 from __future__ import annotations
 
 import ast
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,10 +28,11 @@ def run_program(program: str, inputs: Sequence[Sequence[int]]) -> list[list[int]
     if len(program) > MAX_CHARACTERS:
         return None
     try:
-        tree = ast.parse(program)
-        if not _is_solve(tree):
-            return None
-        code = compile(tree, "<sample>", "exec")  # which refuses some of what parses
+        with warnings.catch_warnings(action="ignore"):  # of numbers that run into words, say
+            tree = ast.parse(program)
+            if not _is_solve(tree):
+                return None
+            code = compile(tree, "<sample>", "exec")  # which refuses some of what parses
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
     names: dict[str, Any] = {"__builtins__": {}, **_BUILTINS}

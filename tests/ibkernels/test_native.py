@@ -224,7 +224,7 @@ KERNELS = ROOT / "ibkernels" / "csrc" / "kernels.cpp"
 @pytest.mark.skipif(platform.machine() != "x86_64" or not shutil.which("g++"), reason="needs GCC for x86")
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_what_should_be_vector_code_is(isa: str, tmp_path: Path) -> None:
-    """GCC says nothing of a `#pragma omp simd` that it cannot follow, and the loop takes five times as long."""
+    """GCC says nothing of a `#pragma omp simd` that it cannot follow, and the loop takes several times as long."""
     text = (ROOT / "CMakeLists.txt").read_text()
     common, own = re.search(r"set\(vector_flags (.*)\)", text), re.search(rf"add_kernels\({isa} \w+ ?(.*)\)", text)
     assert common and own

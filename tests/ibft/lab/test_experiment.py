@@ -307,6 +307,19 @@ def test_ctrl_c_ends_all_processes_with_one_sentence(tmp_path: Path) -> None:
     wait_until_free(tmp_path / "lock")
 
 
+def test_ctrl_c_while_the_processes_start_prints_nothing_else(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ibft", "lab", "--quick", "--output_dir", str(tmp_path / "out")]
+    process = subprocess.Popen(
+        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    )
+    assert process.stdout is not None and "19 of them to do" in process.stdout.readline()
+    time.sleep(0.7)  # they import PyTorch then
+    os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert error == "ibft: interrupted; the same command goes on where it stopped.\n"
+    assert process.returncode == 128 + signal.SIGINT
+
+
 def test_a_piece_that_is_interrupted_says_how_the_experiment_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -27,6 +27,12 @@ def test_inputs_are_left_alone():
     assert inputs == [[3, 1, 2]]
 
 
+def test_nothing_is_printed_of_what_a_model_writes(recwarn: pytest.WarningsRecorder) -> None:
+    for program in ("def solve(xs):\n    return [x for x in xs if x > 1if x]", "def solve(xs):\n    return '\\d'"):
+        run_program(program, INPUTS)
+    assert not recwarn.list
+
+
 HOSTILE = {
     "import": "import os\ndef solve(xs):\n    return xs",
     "import within": "def solve(xs):\n    import os\n    return xs",

@@ -69,6 +69,18 @@ def save(request: pytest.FixtureRequest) -> Callable[[str, Record], None]:
     return keep
 
 
+@pytest.fixture(scope="session")
+def say(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """say(line) shows it at once: the ops are all measured before the first test of one ends."""
+    reporter, capture = map(request.config.pluginmanager.getplugin, ("terminalreporter", "capturemanager"))
+
+    def show(line: str) -> None:
+        with capture.global_and_fixture_disabled():
+            reporter.write_line(line)
+
+    return show
+
+
 @pytest.fixture
 def replay(benchmark: Any) -> Callable[..., None]:
     """replay(samples, group, **info) makes them this benchmark's, in seconds."""

@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ibft.estimate.devices import cpu_name
+
 # glibc raises its mmap threshold with every large block that is freed, and then keeps freed memory for itself, more or
 # less of it by chance. Pinned, a tensor larger than this goes back to the system when it is freed.
 _PINNED_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
@@ -29,6 +31,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt, from malloc.h
 
 CONFIDENCE = 0.99  # of an interval: a record has dozens of ratios, and each has to hold
 BETWEEN_RUNS = 0.05  # how far apart two processes may be for reasons that no round sees: pages, alignment
+BATCHES = 6  # of one ratio's rounds
 _RESAMPLES = 2000
 ROOT = Path(__file__).parents[1]
 
@@ -48,17 +51,19 @@ def interleave(
     steps: dict[str, Callable[[], object]],
     rounds: int,
     timer: Callable[[Callable[[], object]], float] | None = None,
+    first: int = 0,
+    warm_up: bool = True,
 ) -> dict[str, list[float]]:
     """Seconds of every step, round by round: each round runs all of them, so that a busy moment falls on all alike.
 
-    A round starts one variant further than the round before it; one round to warm up is not counted. timer: gives the
-    seconds of one call; None: `timed`.
+    A round starts one variant further than the round before it, the first that counts with number `first`; before them
+    one round to warm up is not counted. timer: gives the seconds of one call; None: `timed`.
     """
     names = list(steps)
     samples: dict[str, list[float]] = {name: [] for name in names}
-    for index in range(-1, rounds):
-        first = index % len(names)
-        for name in names[first:] + names[:first]:
+    for index in range(-1 if warm_up else 0, rounds):
+        start = (first + index) % len(names)
+        for name in names[start:] + names[:start]:
             elapsed = (timer or timed)(steps[name])
             if index >= 0:
                 samples[name].append(elapsed)
@@ -75,9 +80,9 @@ def timed(step: Callable[[], object]) -> float:
 def ratio(samples: Sequence[float], baseline: Sequence[float]) -> Ratio:
     """The ratio of two variants' times, taken round by round and not of their medians.
 
-    The interval is where the median of a repeated run lies with `CONFIDENCE`: from a bootstrap of the rounds, widened
-    by the square root of 2 because the other run's median varies as well, and at least `BETWEEN_RUNS` on either side.
-    A variant's ratio to itself is 1 and has none.
+    The interval is where the median of a repeated run lies with `CONFIDENCE`: from a bootstrap (`resampled_medians`),
+    widened by the square root of 2 because the other run's median varies as well, and at least `BETWEEN_RUNS` on either
+    side. A variant's ratio to itself is 1 and has none.
     """
     ratios = np.array([mine / other for mine, other in zip(samples, baseline, strict=True)])
     median = float(np.median(ratios))
@@ -89,10 +94,15 @@ def ratio(samples: Sequence[float], baseline: Sequence[float]) -> Ratio:
 
 
 def resampled_medians(values: Sequence[float] | np.ndarray, seed: int = 0) -> np.ndarray:
-    """Medians of `_RESAMPLES` bootstrap samples of the values; the same ones for the same seed."""
-    values = np.asarray(values)
-    drawn = np.random.default_rng(seed).integers(0, len(values), (_RESAMPLES, len(values)))
-    return np.median(values[drawn], axis=1)
+    """Medians of `_RESAMPLES` bootstrap samples; the same ones for the same seed.
+
+    What is drawn are the medians of `BATCHES` stretches of the values, not single ones: what else the machine does at a
+    time falls on neighbouring rounds alike, so that these tell of each other (the method of batch means).
+    """
+    stretches = np.array_split(np.asarray(values), min(BATCHES, len(values)))
+    medians = np.array([np.median(stretch) for stretch in stretches])
+    drawn = np.random.default_rng(seed).integers(0, len(medians), (_RESAMPLES, len(medians)))
+    return np.median(medians[drawn], axis=1)
 
 
 def rounds_within(steps: dict[str, Callable[[], object]], seconds: float, least: int, most: int) -> int:
@@ -177,7 +187,7 @@ def environment() -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit(),
         "device": {
-            "cpu": _cpu_name(),
+            "cpu": cpu_name(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "load_average": list(os.getloadavg()),
@@ -209,12 +219,3 @@ def _resident(field: str) -> float:
         if line.startswith(field + ":"):
             return int(line.split()[1]) / 1024  # kB
     raise RuntimeError(f"/proc/self/status has no {field}")
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())

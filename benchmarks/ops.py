@@ -6,6 +6,7 @@ and two probes of the machine (a square matrix product, a copy beyond the caches
 
 import functools
 import gc
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -28,7 +29,7 @@ from benchmarks.op_cases import OURS, Call, Inputs, Op
 # ||x - x64|| / ||x64|| of every output and gradient: a few roundings to the dtype.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 PRODUCTS, COPY = "floor: products", "floor: copy"
-PRODUCT_PROBE, COPY_PROBE = "probe: product", "probe: copy"
+PRODUCT_PROBE, COPY_PROBE = "product", "copy"
 _RNG = (0, 1)  # of the noise that variants share when they are compared
 
 Steps = dict[str, Callable[[], object]]
@@ -49,6 +50,45 @@ class Effort(NamedTuple):
 EFFORTS = {"toy": Effort(0.0, 2, 2, 32, 2**16, generate_code=False), "full": Effort(3.0, 5, 40)}
 
 
+class Case:
+    """One pass of an op whose correctness is known; `visit` times it, at once or a few rounds now and some later."""
+
+    def __init__(self, op: Op, inputs: Inputs, calls: dict[str, Call], record: Record, effort: Effort) -> None:
+        self.record = record  # with all samples so far
+        self._op, self._inputs, self._calls, self._effort = op, inputs, calls, effort
+        self._visited = 0
+
+    def visit(self, visits: int = 1) -> None:
+        """Times all variants, floors and probes, interleaved, for one of that many parts of the effort."""
+        steps = self._steps()
+        probes = self.record["probes"]["seconds"]
+        if not self._visited:
+            effort = self._effort
+            least, most = (math.ceil(rounds / visits) for rounds in (effort.least, effort.most))
+            self._rounds = rounds_within(steps, effort.seconds / visits, least, most)
+        # A call so long that one round takes a visit's time does not notice what is in the caches.
+        samples = interleave(steps, self._rounds, first=self._visited, warm_up=self._rounds > 1)
+        for name, seconds in samples.items():
+            kept = probes if name in probes else self.record["seconds"]
+            kept.setdefault(name, []).extend(seconds)
+        self._visited += 1
+
+    def _steps(self) -> Steps:
+        passes = self.record["passes"]
+        steps = {name: _step(call, self._inputs, passes) for name, call in self._calls.items()}
+        if self._op.floor is not None:
+            steps[PRODUCTS] = torch.no_grad()(partial(self._op.floor, self._inputs, passes))
+        source = torch.ones(int(self.record["cost"]["bytes"]) // 8)
+        target = torch.ones_like(source)
+        matrix, probe_source, probe_target = _probes(self._effort, self._inputs[0].dtype)
+        return {
+            **steps,
+            COPY: lambda: target.copy_(source),
+            PRODUCT_PROBE: lambda: matrix @ matrix,
+            COPY_PROBE: lambda: probe_target.copy_(probe_source),
+        }
+
+
 def measure_op(
     op: Op,
     size: Size,
@@ -58,6 +98,21 @@ def measure_op(
     passes: Sequence[str] = PASSES,
 ) -> dict[str, Record]:
     """A record for each pass of the op, by name. only: names of the variants that take part (None: all)."""
+    cases = prepare(op, size, dtype, effort, only, passes)
+    for case in cases.values():
+        case.visit()
+    return {name: case.record for name, case in cases.items()}
+
+
+def prepare(
+    op: Op,
+    size: Size,
+    dtype: torch.dtype,
+    effort: Effort,
+    only: Sequence[str] | None = None,
+    passes: Sequence[str] = PASSES,
+) -> dict[str, Case]:
+    """The passes of the op, by name: checked, their peaks measured, not timed yet."""
     torch.manual_seed(0)
     inputs = tuple(_as(tensor, dtype) for tensor in op.inputs(size))
     variants, left_out = op.variants(dtype, effort.generate_code)
@@ -66,9 +121,8 @@ def measure_op(
     # A timed backward pass runs again and again over the same graph.
     functorch_config.donated_buffer = False  # type: ignore[attr-defined, unused-ignore]
     errors = _errors(op, variants, inputs, dtype, left_out)
-    records = {}
+    cases = {}
     for name in passes if op.trains else (FORWARD,):
-        cost = op.cost(size, name, dtype.itemsize)
         steps: Steps = {}
         absent = dict(left_out)
         for variant, call in variants.items():
@@ -81,20 +135,27 @@ def measure_op(
             except Exception as error:  # a library's own limits: the others are measured all the same
                 steps.pop(variant, None)
                 absent[variant] = _reason(error)
-        records[case_name(op, dtype, name)] = {
+        record = {
             "op": op.name,
             "dtype": dtype_name(dtype),
             "passes": name,
             "size": size._asdict(),
-            "cost": cost._asdict(),
+            "cost": op.cost(size, name, dtype.itemsize)._asdict(),
             "relative_error": {variant: _worst(parts, name) for variant, parts in errors.items() if variant in steps},
             "peak_bytes": {} if name == BACKWARD else _peaks(steps),
             "left_out": absent,
-            **_times(op, inputs, name, steps, cost.bytes, effort, dtype),
+            "seconds": {},
+            "probes": {
+                "flops": 2.0 * effort.probe_rows**3,
+                "bytes": 2.0 * effort.probe_bytes,
+                "seconds": {PRODUCT_PROBE: [], COPY_PROBE: []},
+            },
         }
+        calls = {variant: variants[variant] for variant in steps}
+        cases[case_name(op, dtype, name)] = Case(op, inputs, calls, record, effort)
         del steps
         gc.collect()
-    return records
+    return cases
 
 
 def run_pass(call: Call, inputs: Inputs, passes: str, rng: Tensor | None = None) -> tuple[Inputs, Inputs]:
@@ -143,25 +204,6 @@ def _errors(
         if not worst <= TOLERANCE[dtype]:
             left_out[name] = f"differs from float64 by {worst:.2g} (accepted: {TOLERANCE[dtype]:.0e})"
     return errors
-
-
-def _times(
-    op: Op, inputs: Inputs, passes: str, steps: Steps, moved: float, effort: Effort, dtype: torch.dtype
-) -> Record:
-    """All samples, in seconds, of the variants and floors and, beside their work, of the probes."""
-    matrix, probe_source, probe_target = _probes(effort, dtype)
-    probes: Steps = {PRODUCT_PROBE: lambda: matrix @ matrix, COPY_PROBE: lambda: probe_target.copy_(probe_source)}
-    floors: Steps = {}
-    if op.floor is not None:
-        floors[PRODUCTS] = torch.no_grad()(partial(op.floor, inputs, passes))
-    source = torch.ones(int(moved) // 8)
-    target = torch.ones_like(source)
-    floors[COPY] = lambda: target.copy_(source)
-    everything = {**steps, **floors, **probes}
-    samples = interleave(everything, rounds_within(everything, effort.seconds, effort.least, effort.most))
-    probed = {"product": samples.pop(PRODUCT_PROBE), "copy": samples.pop(COPY_PROBE)}
-    work = {"flops": 2.0 * effort.probe_rows**3, "bytes": 2.0 * probe_source.nbytes}
-    return {"seconds": samples, "probes": {**work, "seconds": probed}}
 
 
 @functools.cache

@@ -5,10 +5,12 @@ from ibkernels.cross_entropy import CrossEntropyStats, absorbs, bottleneck_cross
 from ibkernels.modules import BottleneckHead, VariationalBottleneck
 from ibkernels.philox import noise, rng_state
 
+__version__ = "0.1.0"
 __all__ = [
     "BottleneckHead",
     "CrossEntropyStats",
     "VariationalBottleneck",
+    "__version__",
     "absorbs",
     "bottleneck_cross_entropy",
     "encode",

@@ -1,5 +1,10 @@
-"""GPUs by their data sheets: the dense bf16 peak, memory, and how fast bytes move in and between them."""
+"""GPUs by their data sheets: the dense bf16 peak, memory, and how fast bytes move in and between them.
 
+And what the processor of this machine is called.
+"""
+
+import platform
+from pathlib import Path
 from typing import NamedTuple
 
 
@@ -40,3 +45,13 @@ def find_device(driver_name: str) -> Device | None:
         if all(part in driver_name for part in wanted) and not any(part in driver_name for part in unwanted):
             return device
     return None
+
+
+def cpu_name() -> str:
+    """What the system calls this machine's processor; the architecture where it does not say."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())

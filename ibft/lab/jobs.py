@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from ibft.architecture import CausalLM, default_target_layer
 from ibft.config import TrainConfig
 from ibft.data import EncodedDataset, encode, load_rows
 from ibft.errors import InputError
+from ibft.estimate.devices import cpu_name
 from ibft.evaluate.metrics import Count, mean, per_problem, valid_ks
 from ibft.lab.plan import Arm, Plan, Regime
 from ibft.lab.pretraining import ROW_LENGTH, encode_tasks, lab_tokenizer, prompt, read, write_rows
@@ -259,7 +261,8 @@ def _finish(folder: Path, result: dict[str, Any], start: float) -> None:
             "python": platform.python_version(),
             **{name: metadata.version(name) for name in ("ibft", "torch", "transformers", "peft", "numpy")},
         },
-        "machine": platform.machine(),
+        "machine": cpu_name(),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "threads": torch.get_num_threads(),
     }
     seconds = time.process_time() - start  # of the processor, so that a busy machine does not count

@@ -311,7 +311,8 @@ def _closing(lab: Lab) -> Iterable[str]:
         "<code>results.json</code> alone; the figures also lie in <code>figures/</code> as SVG, and each run's own "
         "record in the file that “Every number” names.</p>"
     )
-    about = {name: raw[name] for name in ("mode", "command", "device", "seeds", "config", "versions") if name in raw}
+    shown = ("mode", "command", "device", "finished", "seeds", "config", "versions")
+    about = {name: raw[name] for name in shown if name in raw}
     yield f"<pre><code>{escape(json.dumps(about, indent=1, ensure_ascii=False))}</code></pre>"
 
 

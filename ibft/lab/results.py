@@ -62,7 +62,7 @@ def gather(plan: Plan, output: Path, pieces: Sequence[Path]) -> dict[str, Any]:
     parameters = next((result["parameters"] for result in done.values() if "parameters" in result), None)
     return {
         "mode": plan.mode,
-        "command": f"ibft lab --{plan.mode}",
+        "command": _command(plan),
         "pieces": {"planned": len(pieces), "done": len(done)},
         **_made(list(done.values())),
         "config": {**plan.to_dict(), "parameters": parameters},
@@ -100,6 +100,11 @@ def gather(plan: Plan, output: Path, pieces: Sequence[Path]) -> dict[str, Any]:
     }
 
 
+def _command(plan: Plan) -> str:
+    seeds = "" if plan.mode == "quick" else f" --seeds {len(plan.seeds)}"
+    return f"ibft lab --{plan.mode} --seed {plan.seeds[0]}{seeds}"
+
+
 def _read(folder: Path) -> dict[str, Any]:
     return json.loads((folder / RESULT_NAME).read_text())
 
@@ -111,11 +116,13 @@ def _made(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         return ", ".join(sorted({str(value) for value in values}))
 
     made = [result["made"] for result in results]
+    finished = [each["finished"] for each in made if "finished" in each]
     names = sorted({name for each in made for name in each["versions"]})
     return {
         "versions": {name: said(each["versions"].get(name, "none") for each in made) for name in names},
-        "device": f"CPU ({said(each['machine'] for each in made)}), "
+        "device": f"{said(each['machine'] for each in made)}, "
         f"threads of a process: {said(each['threads'] for each in made)}",
+        "finished": {"first": min(finished, default=None), "last": max(finished, default=None)},
         "processor_seconds": sum(result["processor_seconds"] for result in results),
     }
 

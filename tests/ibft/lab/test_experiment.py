@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from ibft.cli import main
 from ibft.errors import FailedElsewhere, InputError, Interrupted
+from ibft.estimate.devices import cpu_name
 from ibft.evaluate.metrics import pass_at_k_m
 from ibft.lab import experiment
 from ibft.lab.experiment import LabConfig, Piece, run_lab
@@ -85,7 +86,10 @@ def test_what_a_finished_experiment_holds(finished: Path) -> None:
     assert shared == {"sft-reference": {**plain, "regime": "mixed", "arm": "sft-reference", "shared": "none"}}
     pieces = [json.loads(file.read_text()) for file in finished.rglob(RESULT_NAME)]
     assert results["processor_seconds"] == pytest.approx(sum(piece["processor_seconds"] for piece in pieces))
-    assert results["versions"]["torch"] == torch.__version__
+    assert results["versions"]["torch"] == torch.__version__ and cpu_name() in results["device"]
+    ends = [piece["made"]["finished"] for piece in pieces]
+    assert results["finished"] == {"first": min(ends), "last": max(ends)}
+    assert results["command"] == "ibft lab --full --seed 3 --seeds 1"
     for each in (*results["runs"], *results["bases"]):  # every number is traceable to a file
         assert (finished / each["file"]).is_file()
     for run in results["runs"]:
@@ -161,8 +165,9 @@ def test_what_is_missing_is_run_again_and_comes_out_the_same(
     for results in (before, after):
         for each in (results, *results["runs"], *results["bases"]):
             del each["processor_seconds"]
+        del results["finished"]
         for each in results["runs"]:
-            del each["training_processor_seconds"]
+            del each["training_processor_seconds"], each["made"]["finished"]
     assert after == before
 
 

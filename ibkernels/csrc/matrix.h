@@ -1,6 +1,6 @@
 // Products of row-major float32 matrices inside a parallel region. They go through torch's library GEMM, which runs on one
 // thread there; work is split into tiles whose sizes depend on the problem alone, so that no result depends on how many
-// threads there are.
+// threads there are. Products of bfloat16 matrices are in bfloat16.h.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -19,37 +19,43 @@
 
 namespace ibkernels {
 
-// A view of `rows` x `columns` floats, `stride` apart from row to row.
-struct Matrix {
-  float* data;
+// A view of `rows` x `columns` elements, `stride` apart from row to row.
+template <typename T>
+struct View {
+  T* data;
   int64_t rows, columns, stride;
 
-  Matrix(float* data, int64_t rows, int64_t columns) : Matrix(data, rows, columns, columns) {}
-  Matrix(float* data, int64_t rows, int64_t columns, int64_t stride)
+  View(T* data, int64_t rows, int64_t columns) : View(data, rows, columns, columns) {}
+  View(T* data, int64_t rows, int64_t columns, int64_t stride)
       : data(data), rows(rows), columns(columns), stride(stride) {}
 
-  Matrix block(int64_t row, int64_t num_rows, int64_t column, int64_t num_columns) const {
+  View block(int64_t row, int64_t num_rows, int64_t column, int64_t num_columns) const {
     return {data + row * stride + column, num_rows, num_columns, stride};
   }
-  at::Tensor tensor() const { return at::from_blob(data, {rows, columns}, {stride, 1}, at::kFloat); }
 };
+using Matrix = View<float>;
 
-inline Matrix matrix_of(const at::Tensor& tensor) {
-  return {static_cast<float*>(tensor.data_ptr()), tensor.size(0), tensor.size(1), tensor.stride(0)};
+inline at::Tensor tensor_of(const Matrix& matrix) {
+  return at::from_blob(matrix.data, {matrix.rows, matrix.columns}, {matrix.stride, 1}, at::kFloat);
+}
+
+template <typename T = float>
+View<T> matrix_of(const at::Tensor& tensor) {
+  return {static_cast<T*>(tensor.data_ptr()), tensor.size(0), tensor.size(1), tensor.stride(0)};
 }
 
 // out = a b; out = a b^T; out = beta * out + scale * a^T b, where a beta of 0 never reads `out`.
 inline void multiply(const Matrix& out, const Matrix& a, const Matrix& b) {
-  at::Tensor result = out.tensor();
-  at::cpu::mm_out(result, a.tensor(), b.tensor());
+  at::Tensor result = tensor_of(out);
+  at::cpu::mm_out(result, tensor_of(a), tensor_of(b));
 }
 inline void multiply_transposed(const Matrix& out, const Matrix& a, const Matrix& b) {
-  at::Tensor result = out.tensor();
-  at::cpu::mm_out(result, a.tensor(), b.tensor().t());
+  at::Tensor result = tensor_of(out);
+  at::cpu::mm_out(result, tensor_of(a), tensor_of(b).t());
 }
 inline void add_transposed_product(const Matrix& out, const Matrix& a, const Matrix& b, float beta, float scale = 1.0f) {
-  at::Tensor result = out.tensor();
-  at::cpu::addmm_out(result, result, a.tensor().t(), b.tensor(), beta, scale);
+  at::Tensor result = tensor_of(out);
+  at::cpu::addmm_out(result, result, tensor_of(a).t(), tensor_of(b), beta, scale);
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -100,13 +106,15 @@ inline Matrix rows_of(const at::Tensor& tensor, int64_t row, int64_t rows, float
 }
 
 struct FreeScratch {
-  void operator()(float* data) const { ::operator delete[](data, std::align_val_t{64}); }
+  void operator()(void* data) const { ::operator delete[](data, std::align_val_t{64}); }
 };
-using Scratch = std::unique_ptr<float[], FreeScratch>;
+template <typename T>
+using Scratch = std::unique_ptr<T[], FreeScratch>;
 
-// Uninitialised floats. A library GEMM may order its sums by the alignment of what it reads, which is therefore fixed.
-inline Scratch scratch(int64_t size) {
-  return Scratch(static_cast<float*>(::operator new[](size * sizeof(float), std::align_val_t{64})));
+// Uninitialised numbers. A library GEMM may order its sums by the alignment of what it reads, which is therefore fixed.
+template <typename T = float>
+Scratch<T> scratch(int64_t size) {
+  return Scratch<T>(static_cast<T*>(::operator new[](size * sizeof(T), std::align_val_t{64})));
 }
 
 }  // namespace ibkernels

@@ -25,15 +25,26 @@ RNG = torch.tensor([3, 4])
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-def bottleneck(encoder: str, num_tokens: int, dtype: torch.dtype, backend: str = "cpp") -> dict[str, Tensor]:
-    """Outputs and gradients at H=40, K=24, R=5."""
+def bottleneck(
+    encoder: str,
+    num_tokens: int,
+    dtype: torch.dtype,
+    backend: str = "cpp",
+    sizes: tuple[int, int, int] = (40, 24, 6),
+    values: torch.dtype | None = None,
+) -> dict[str, Tensor]:
+    """Outputs and gradients at those H, K, R, of numbers that `values` can hold."""
+    hidden_size, width, rank = sizes
     generator = torch.Generator().manual_seed(0)
 
     def parameter(*shape: int) -> Tensor:
-        return (torch.randn(shape, generator=generator) / shape[-1] ** 0.5).to(dtype).requires_grad_()
+        tensor = torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+        return tensor.to(values or dtype).to(dtype).requires_grad_()
 
-    hidden, bias = parameter(num_tokens, 40), parameter(48)
-    weights = {"weight": parameter(48, 40)} if encoder == "linear" else {"a": parameter(5, 40), "b": parameter(48, 5)}
+    hidden, bias = parameter(num_tokens, hidden_size), parameter(2 * width)
+    weights = {"a": parameter(rank, hidden_size), "b": parameter(2 * width, rank)}
+    if encoder == "linear":
+        weights = {"weight": parameter(2 * width, hidden_size)}
     weight: Any = next(iter(weights.values())) if encoder == "linear" else tuple(weights.values())
     z, kl = ibkernels.variational_bottleneck(hidden, weight, bias, RNG, backend=backend)
     inputs = {"hidden": hidden, "bias": bias, **weights}
@@ -41,17 +52,25 @@ def bottleneck(encoder: str, num_tokens: int, dtype: torch.dtype, backend: str =
     return {"z": z.detach(), "kl": kl.detach(), **dict(zip(inputs, gradients, strict=True))}
 
 
-def cross_entropy(num_tokens: int, vocabulary: int, dtype: torch.dtype, backend: str = "cpp") -> dict[str, Tensor]:
-    """Loss, statistics and gradients at D=40, with every option on."""
+def cross_entropy(
+    num_tokens: int,
+    vocabulary: int,
+    dtype: torch.dtype,
+    backend: str = "cpp",
+    width: int = 40,
+    values: torch.dtype | None = None,
+) -> dict[str, Tensor]:
+    """Loss, statistics and gradients at that width, with every option on, of numbers that `values` can hold."""
     generator = torch.Generator().manual_seed(0)
-    input = torch.randn(num_tokens, 40, generator=generator).to(dtype).requires_grad_()
-    weight = (torch.randn(vocabulary, 40, generator=generator) / 6).to(dtype).requires_grad_()
-    bias = torch.randn(vocabulary, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    input = torch.randn(num_tokens, width, generator=generator)
+    weight = torch.randn(vocabulary, width, generator=generator) / width**0.5
+    bias = torch.randn(vocabulary, generator=generator, dtype=torch.float64)
+    input, weight, bias = (each.to(values or dtype).to(dtype).requires_grad_() for each in (input, weight, bias))
     labels = torch.randint(vocabulary, (num_tokens,), generator=generator)
     labels[::5] = -100
     result = ibkernels.linear_cross_entropy(
-        input, weight, labels, bias=bias, label_smoothing=0.1, z_loss=1e-3, softcap=4.0, return_stats=True,
-        backend=backend,
+        input, weight, labels, bias=bias, label_smoothing=0.1, z_loss=1e-3, softcap=4.0, logit_scale=0.9,
+        return_stats=True, backend=backend,
     )  # fmt: skip
     loss, stats = result
     inputs = {"input": input, "weight": weight, "bias": bias}
@@ -154,6 +173,95 @@ def test_opcheck_of_backward_with_some_gradients(needs):
     torch.library.opcheck(op, (*arguments, -4.0, 4.0, True, needs, "cpp"))
 
 
+# ---- bfloat16 -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["bfloat16", "float32"])
+def factors(request):
+    """Those of the products: bfloat16 as such where the machine has instructions for it, or widened to float32."""
+    if request.param == "bfloat16" and not native.has_bfloat16_products():
+        pytest.skip("this machine has no bfloat16 instructions")
+    with torch.backends.mkldnn.flags(enabled=request.param == "bfloat16"):
+        assert native.has_bfloat16_products() == (request.param == "bfloat16")
+        yield request.param
+
+
+def assert_close_to_float64(actual: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
+    """To a few roundings to bfloat16 of what enters a product or comes out of one."""
+    assert actual.keys() == exact.keys()
+    for name, tensor in actual.items():
+        error = (tensor.double() - exact[name]).norm() / exact[name].norm()
+        assert error < 2**-8, (name, error)
+
+
+# Of hidden size, K and rank: within one piece of a product, with odd counts of all else; beyond one piece in every
+# direction; and odd ones, whose products are float32's.
+@pytest.mark.parametrize(("num_tokens", "sizes"), [(37, (40, 7, 6)), (1301, (1090, 71, 66)), (300, (41, 24, 5))])
+@pytest.mark.parametrize("encoder", ["linear", "lora"])
+def test_the_bottleneck_in_bfloat16_equals_float64(factors, encoder, num_tokens, sizes):
+    exact = bottleneck(encoder, num_tokens, torch.float64, "reference", sizes, torch.bfloat16)
+    assert_close_to_float64(bottleneck(encoder, num_tokens, torch.bfloat16, sizes=sizes), exact)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "vocabulary", "width"), [(37, 1, 40), (1301, 1701, 130), (50, 700, 41), (9, 600, 1090)]
+)
+def test_cross_entropy_in_bfloat16_equals_float64(factors, num_tokens, vocabulary, width, monkeypatch):
+    monkeypatch.setattr(native, "_LOGITS_BYTES", 700 * 1701 * 4)  # the second case takes blocks of 651 and 650 rows
+    exact = cross_entropy(num_tokens, vocabulary, torch.float64, "reference", width, torch.bfloat16)
+    actual = cross_entropy(num_tokens, vocabulary, torch.bfloat16, width=width)
+    if vocabulary == 1:
+        actual, exact = ({name: each[name] for name in ("loss", "lse")} for each in (actual, exact))
+    assert_close_to_float64(actual, exact)
+
+
+def absorbed(num_tokens: int, vocabulary: int, dtype: torch.dtype, backend: str = "cpp") -> dict[str, Tensor]:
+    """Loss and gradients of the absorbed head at H=72, K=14, of numbers that bfloat16 can hold."""
+    generator = torch.Generator().manual_seed(0)
+
+    def parameter(*shape: int) -> Tensor:
+        tensor = torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+        return tensor.bfloat16().to(dtype).requires_grad_()
+
+    z, labels = parameter(num_tokens, 14), torch.randint(vocabulary, (num_tokens,), generator=generator)
+    parameters = {"up": parameter(72, 14), "up_bias": parameter(72), "head": parameter(vocabulary, 72)}
+    parameters["head_bias"] = parameter(vocabulary)
+    up, up_bias, head, head_bias = parameters.values()
+    loss = ibkernels.bottleneck_cross_entropy(
+        z, up, up_bias, head, labels, bias=head_bias, logit_scale=0.9, absorb=True, backend=backend
+    )
+    inputs = {"z": z, **parameters}
+    return {"loss": loss.detach(), **dict(zip(inputs, torch.autograd.grad(loss, list(inputs.values())), strict=True))}
+
+
+@pytest.mark.parametrize("vocabulary", [301, 4500])  # less and more than the words that are taken apart at a time
+def test_the_absorbed_head_in_bfloat16_equals_float64(factors, vocabulary, several_threads):
+    exact = absorbed(90, vocabulary, torch.float64, "reference")
+    several_threads(1)
+    single = absorbed(90, vocabulary, torch.bfloat16)
+    assert_close_to_float64(single, exact)
+    several_threads(3)
+    if factors == "bfloat16":
+        assert all(
+            torch.equal(tensor, single[name]) for name, tensor in absorbed(90, vocabulary, torch.bfloat16).items()
+        )
+
+
+def test_what_multiplies_the_head_is_not_rounded_to_bfloat16():
+    if not native.has_bfloat16_products():
+        pytest.skip("this machine has no bfloat16 instructions")
+    generator = torch.Generator().manual_seed(0)
+    head = torch.randn(4301, 130, generator=generator).bfloat16()
+    right, left = torch.randn(130, 67, generator=generator), torch.randn(4301, 67, generator=generator)
+    ops = torch.ops.ibkernels_cpu
+    # Twice the mantissa of 8 bits; one rounding of the factor alone would err by 2^-9.
+    for actual, exact in (
+        (ops.head_times(head, right), head.double() @ right.double()),
+        (ops.transposed_times(left, head), left.double().T @ head.double()),
+    ):
+        assert (actual.double() - exact).norm() < 2**-15 * exact.norm()
+
+
 # ---- instruction sets ------------------------------------------------------------------------------------------------
 
 # Prints the instruction set, then the largest error of any output or gradient against the reference in float64.
@@ -165,7 +273,12 @@ for call, arguments in ((bottleneck, ("linear", 70)), (bottleneck, ("lora", 70))
     exact = call(*arguments, torch.float64, backend="reference")
     actual = call(*arguments, torch.float32)
     errors += [((actual[n] - exact[n]).norm() / exact[n].norm().clamp(min=1e-9)).item() for n in exact]
-print(torch.ops.ibkernels_cpu.instruction_set(), max(errors))
+low = bottleneck("linear", 70, torch.bfloat16)["hidden"].double()
+exact = bottleneck("linear", 70, torch.float64, backend="reference")["hidden"]
+assert (low - exact).norm() < 2**-8 * exact.norm()
+ops = torch.ops.ibkernels_cpu
+assert ops.instruction_set() == "avx512" or not ops.bfloat16_products()
+print(ops.instruction_set(), max(errors))
 """
 
 

@@ -8,6 +8,7 @@
 #include <random>
 #include <vector>
 
+#include "../packing.h"
 #include "../philox.h"
 #include "expect.h"
 
@@ -147,6 +148,41 @@ void bfloat16_rounds_to_the_nearest_even(const Kernels& k) {
   }
 }
 
+void factors_are_packed_in_pairs() {
+  constexpr int64_t kStride = 150;
+  for (int64_t rows : {1, 2, 15, 16, 31, 32, 33, 70}) {
+    for (int64_t columns : {1, 2, 16, 17, 63, 64, 140}) {
+      std::vector<uint16_t> from(rows * kStride), out(kPanel * 160, 0xffff);
+      for (size_t i = 0; i < from.size(); ++i) from[i] = static_cast<uint16_t>(i * 7919);
+      const auto element = [&](int64_t row, int64_t column) -> uint16_t {
+        return row < rows && column < columns ? from[row * kStride + column] : 0;
+      };
+      if (columns <= kPanel) {
+        pack_panel(from.data(), kStride, rows, columns, out.data());
+        for (int64_t i = 0; i < rows + rows % 2; ++i) {
+          for (int64_t j = 0; j < columns; ++j) EXPECT(out[i / 2 * 2 * kPanel + 2 * j + i % 2] == element(i, j));
+        }
+      }
+      if (rows <= kPanel) {
+        pack_transposed_panel(from.data(), kStride, rows, columns, out.data());
+        for (int64_t i = 0; i < rows; ++i) {
+          for (int64_t j = 0; j < columns + columns % 2; ++j) {
+            EXPECT(out[j / 2 * 2 * kPanel + 2 * i + j % 2] == element(i, j));
+          }
+        }
+      }
+      constexpr int64_t kOutStride = 74;
+      std::vector<uint16_t> transposed(columns * kOutStride, 0xffff);
+      transpose(from.data(), kStride, rows, columns, transposed.data(), kOutStride);
+      for (int64_t j = 0; j < columns; ++j) {
+        for (int64_t i = 0; i < kOutStride; ++i) {
+          EXPECT(transposed[j * kOutStride + i] == (i < rows + rows % 2 ? element(i, j) : 0xffff));
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -158,5 +194,10 @@ int main() {
     impossible_words_weigh_nothing(*k);
     bfloat16_rounds_to_the_nearest_even(*k);
   }
+#ifdef IBKERNELS_X86
+  if (tables().back() == &kKernelsAvx512) factors_are_packed_in_pairs();
+#else
+  factors_are_packed_in_pairs();
+#endif
   return report();
 }

@@ -131,8 +131,10 @@ class CausalLM:
         """Raises InputError when documents of a packed row see each other, as in models that ignore position_ids.
 
         A document of two tokens behind another one must have the hidden states that it has alone. lengths: for an
-        attention that takes them, `document_lengths([2, 2])`.
+        attention that takes them, `document_lengths([2, 2])`. Skipped where the weights are not here (meta).
         """
+        if self.head.weight.is_meta:
+            return
         device = self.head.weight.device
         with evaluating(self.decoder):
             packed = self.decode(
@@ -159,6 +161,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def able_to_run(model: Any) -> Iterator[None]:
+    """flash-attn runs on a GPU alone, where a trainer may yet have to take the model: eager attention until then."""
+    asked = getattr(model.config, "_attn_implementation", None) or ""
+    if "flash" not in asked or next(model.parameters()).device.type != "cpu":
+        yield
+        return
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(asked)
 
 
 def default_target_layer(num_layers: int) -> int:

@@ -3,10 +3,16 @@
 A flash attention is told the cumulative lengths of the documents, once per batch, and needs no mask. SDPA and eager
 need one of [B, 1, T, T], which transformers makes where position_ids restart, no attention mask is given and no cache
 is used; `collate` and `CausalLM.decode` see to all three.
+
+Every flash attention is registered with transformers under a name of ours. For its own names transformers looks at
+position_ids in each forward pass, which stops the host; any name with "flash" in it is its own; and what it calls runs
+on a GPU alone, while a model that will be sharded is loaded, and tried, on the CPU.
 """
 
 import importlib
 import inspect
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -18,7 +24,9 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 
 from ibft.errors import InputError
 
-VARLEN = "ibft_varlen"  # as transformers knows it; to people it is "varlen"
+VARLEN = "ibft_varlen"
+# What takes the lengths of documents -> as transformers knows it.
+REGISTERED = {"flash_attention_3": "ibft_fa3", "flash_attention_2": "ibft_fa2", "varlen": VARLEN}
 FLASH = {"flash_attention_3": "flash_attn_interface", "flash_attention_2": "flash_attn"}  # and the module of each
 _INSTALL = {
     "flash_attention_3": "build it from the hopper folder of the flash-attention repository",
@@ -37,17 +45,18 @@ class Attention(NamedTuple):
     @property
     def takes_lengths(self) -> bool:
         """Whether batches carry the cumulative lengths of their documents, `collate(..., lengths=True)`."""
-        return self.implementation == VARLEN or self.implementation in FLASH
+        return self.implementation in REGISTERED.values()
 
     @property
     def label(self) -> str:
         """The name as --attn_implementation takes it."""
-        return "varlen" if self.implementation == VARLEN else self.implementation
+        names = {registered: name for name, registered in REGISTERED.items()}
+        return names.get(self.implementation, self.implementation)
 
     def leave(self, model: PreTrainedModel) -> None:
-        """Makes a trained model fit for anything: varlen is for batches of a loader alone."""
-        if self.implementation == VARLEN:
-            model.set_attn_implementation("sdpa")
+        """Makes a trained model fit for anything: what is registered here is for batches of a loader alone."""
+        if self.takes_lengths:
+            model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
 
 
 def select_attention(
@@ -71,10 +80,10 @@ def select_attention(
                 "auto", packing=packing, device=device, dtype=dtype, base_config=base_config, compiled=compiled
             )
             raise InputError(f"--attn_implementation {requested}: {obstacle}; {other.label} would work here.")
-        name = VARLEN if requested == "varlen" else requested
-        chosen = Attention(name, "asked for")
+        if requested in REGISTERED:
+            return Attention(_registered(requested), "asked for")
         masked = padded if packing == "none" else "documents of a packed row kept apart by a mask"
-        return chosen if chosen.takes_lengths else Attention(name, f"asked for; {masked}")
+        return Attention(requested, f"asked for; {masked}")
     obstacles = {}
     for name in (*FLASH, "varlen", "sdpa", "eager"):
         obstacle = _obstacle(name, device, dtype, base_config)
@@ -86,7 +95,7 @@ def select_attention(
             break
         obstacles[name] = obstacle
     if name in FLASH:
-        return Attention(name, "installed, and made for this GPU")
+        return Attention(_registered(name), "installed, and made for this GPU")
     if name == "varlen":
         how = "document by document" if device.type == "cpu" else f"of torch {torch.__version__}"
         why = "" if device.type == "cpu" else f"; flash_attention_2: {obstacles['flash_attention_2']}"
@@ -177,6 +186,8 @@ def varlen_attention(
     is_causal: bool | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
+    softcap: float | None = None,
+    kernel: Callable[..., Tensor] | None = None,
     by_kernel: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -184,11 +195,12 @@ def varlen_attention(
 
     cu_seq_lens_q: int32 [documents + 1], where they begin and end in B*T positions; max_length_q: the longest. Without
     them every row is one document, so padding on the right is harmless, and packed documents are an InputError.
-    sliding_window counts the token itself. by_kernel: as on a GPU, for tensors without data.
+    sliding_window counts the token itself. kernel: what runs on a GPU, by default torch's. by_kernel: as there, for
+    tensors without data.
 
     There is no entry in AttentionMaskInterface: for an attention that it does not list, transformers makes no mask, nor
-    stops the host to look at position_ids. Raises InputError for a cache (as generation has), dropout, softcap or
-    sinks, none of which a model that `select_attention` gives this to has.
+    stops the host to look at position_ids. Raises InputError for a cache (as generation has), dropout, sinks or, with
+    torch's kernel, a softcap, none of which a model that `select_attention` gives this to has.
     """
     rows, num_heads, length, _ = query.shape
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -197,27 +209,37 @@ def varlen_attention(
         "a window of attention in both directions": not causal and sliding_window is not None,
         "an attention mask": attention_mask is not None,
         "attention dropout": dropout != 0,
-        **{name: kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias")},
+        "softcap": softcap is not None and kernel is None,
+        **{name: kwargs.get(name) is not None for name in ("s_aux", "position_bias")},
     }
     if wrong := [name for name, given in unable.items() if given]:
-        raise InputError(f"the attention varlen does not know {wrong[0]}; load the model with sdpa or eager.")
+        raise InputError(f"attention by documents does not know {wrong[0]}; load the model with sdpa or eager.")
     if cu_seq_lens_q is None or max_length_q is None:
         positions = kwargs.get("position_ids")
         if positions is not None and (positions.diff() < 0).any():  # not in training, which gives the lengths
             raise InputError(
-                "the attention varlen needs the lengths of packed documents, as collate(..., lengths=True) gives them; "
+                "attention by documents needs the lengths of packed documents, as collate(..., lengths=True) gives; "
                 "for batches without them load the model with sdpa or eager."
             )
         cu_seq_lens_q = torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=query.device)
         max_length_q = length
     window = sliding_window if sliding_window is not None and sliding_window < max_length_q else None
-    q, k, v = (tensor.transpose(1, 2).reshape(rows * length, *tensor.shape[1::2]) for tensor in (query, key, value))
-    attend = _by_document if query.device.type == "cpu" and not by_kernel else _by_kernel
-    output = attend(q, k, v, cu_seq_lens_q, max_length_q, scaling, causal, window)
+    states = (query.to(value.dtype), key.to(value.dtype), value)  # layer norms of them leave autocast in float32
+    q, k, v = (tensor.transpose(1, 2).reshape(rows * length, *tensor.shape[1::2]) for tensor in states)
+    attend = _by_document if query.device.type == "cpu" and not by_kernel else kernel or _by_kernel
+    output = attend(q, k, v, cu_seq_lens_q, max_length_q, scaling, causal, window, softcap)
     return output.view(rows, length, num_heads, -1), None
 
 
 AttentionInterface.register(VARLEN, varlen_attention)
+
+
+def _registered(name: str) -> str:
+    """The name that transformers takes for one of REGISTERED; flash-attn is imported here, where it is wanted."""
+    if name in FLASH:
+        kernel = partial(_by_flash_attn, importlib.import_module(FLASH[name]).flash_attn_varlen_func)
+        AttentionInterface.register(REGISTERED[name], partial(varlen_attention, kernel=kernel))
+    return REGISTERED[name]
 
 
 def _by_kernel(
@@ -229,18 +251,55 @@ def _by_kernel(
     scale: float | None,
     causal: bool,
     window: int | None,
+    softcap: float | None,
 ) -> Tensor:
-    """torch's own flash attention, [B*T, heads, D] each."""
+    """torch's own flash attention, [B*T, heads, D] each; without a softcap, which `varlen_attention` refuses for it."""
     options: dict[str, Any] = {}
     if (groups := query.shape[1] // key.shape[1]) > 1:
         if _KERNEL_TAKES_GROUPS:
             options["enable_gqa"] = True
         else:
             key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    # Tokens before the query's own, and after it; -1: all.
-    span = (-1 if window is None else window - 1, 0 if causal else -1)
+    span = _span(causal, window)
     output = varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scale, window_size=span, **options)
     return cast(Tensor, output)  # without return_aux
+
+
+def _by_flash_attn(
+    function: Callable[..., Any],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: Tensor,
+    longest: int,
+    scale: float | None,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """flash_attn_varlen_func of flash-attn 2 or 3, [B*T, heads, D] each."""
+    width = value.shape[-1]
+    if width < query.shape[-1]:  # in latent attention; the kernels want one width
+        value = F.pad(value, (0, query.shape[-1] - width))
+    output = function(
+        query,
+        key,
+        value,
+        cu_seqlens_q=bounds,
+        cu_seqlens_k=bounds,
+        max_seqlen_q=longest,
+        max_seqlen_k=longest,
+        softmax_scale=scale,
+        causal=causal,
+        window_size=_span(causal, window),
+        **({} if softcap is None else {"softcap": softcap}),
+    )
+    return (output[0] if isinstance(output, tuple) else output)[..., :width]  # early versions of 3 give a tuple
+
+
+def _span(causal: bool, window: int | None) -> tuple[int, int]:
+    """How many tokens are seen before the query's own, and after it; -1: all."""
+    return -1 if window is None else window - 1, 0 if causal else -1
 
 
 def _by_document(
@@ -252,6 +311,7 @@ def _by_document(
     scale: float | None,
     causal: bool,
     window: int | None,
+    softcap: float | None,
 ) -> Tensor:
     """SDPA on one document after the other: sum of L^2 instead of T^2, and no mask. For the CPU, where no one waits."""
     lengths = bounds.diff().tolist()
@@ -262,9 +322,32 @@ def _by_document(
         mask = None
         if window is not None and window < size:
             mask = torch.ones(size, size, dtype=torch.bool).tril().triu(1 - window)
+        if softcap is not None:
+            outputs.append(_with_softcap(q, k, v, mask, causal, scale, softcap))
+            continue
         outputs.append(
             F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=causal and mask is None, scale=scale, enable_gqa=grouped
             )
         )
     return torch.cat(outputs, dim=2)[0].transpose(0, 1)  # [B*T, heads, D]
+
+
+def _with_softcap(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float | None,
+    softcap: float,
+) -> Tensor:
+    """softmax(softcap * tanh(scale * q k^T / softcap)) v, which SDPA has not; [1, heads, L, D]."""
+    key, value = (tensor.repeat_interleave(query.shape[1] // tensor.shape[1], dim=1) for tensor in (key, value))
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    scores = softcap * torch.tanh(scores / softcap)
+    if mask is None and causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1) @ value

@@ -83,9 +83,7 @@ def save_checkpoint(
         mark = {"step": step, "run": run, "rows_per_process": rows_per_process, "files": files}
         write_json(partial / MARK_NAME, mark)
         flush_folder(partial)
-        if target.exists():
-            remove_checkpoint(target)
-        partial.rename(target)
+        partial.rename(target)  # nothing of that name is there: see `refuse_in_the_way`
         flush(folder)
         for old in checkpoints(folder)[: -keep or None] if keep is not None else []:
             remove_checkpoint(old)
@@ -140,14 +138,9 @@ def load_state(
     checkpoint: Checkpoint, engine: Engine, model: IBModel, optimizer: Optimizer, schedule: LRScheduler
 ) -> None:
     """Optimizer, schedules and this rank's random generators. Raises InputError when they cannot be read."""
+    state = engine.on_all(lambda: _read_state(checkpoint.path / _STATE_NAME))
     if model.objective is not None and model.objective.varies:
         model.objective.load(checkpoint.path / STATE_NAME)
-    file = checkpoint.path / _STATE_NAME
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)  # every rank reads its part
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        reason = str(error).partition(".")[0] or type(error).__name__
-        raise InputError(f"{file} cannot be read: {reason}. {_TAKE_ANOTHER}") from error
     engine.load_optimizer_state(model, optimizer, state["optimizer"])
     schedule.load_state_dict(state["schedule"])
     for group, learning_rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
@@ -157,6 +150,14 @@ def load_state(
         torch.set_rng_state(generators["cpu"].clone())
         if engine.device.type == "cuda" and "cuda" in generators:
             torch.cuda.set_rng_state(generators["cuda"].clone(), engine.device)
+
+
+def _read_state(file: Path) -> dict[str, Any]:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)  # every rank reads its part
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        reason = str(error).partition(".")[0] or type(error).__name__
+        raise InputError(f"{file} cannot be read: {reason}. {_TAKE_ANOTHER}") from error
 
 
 def _generators(engine: Engine) -> dict[str, torch.Tensor]:
@@ -184,10 +185,11 @@ def _differences(before: dict[str, Any], now: dict[str, Any], unknown: Set[str])
         if isinstance(old, dict) and isinstance(new, dict):
             found += [f"{name}.{difference}" for difference in _differences(old, new, unknown)]
         elif old != new:
-            found.append(f"{name} was {_shown(old)}, is {_shown(new)}")
+            found.append(f"{name} was {shown(old)}, is {shown(new)}")
     return found
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value of a run as a sentence names it."""
     fingerprint = isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value)
     return f"one of fingerprint {value[:12]}" if fingerprint else repr(value)

@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ibft.architecture import CausalLM, LayerTap
+from ibft.architecture import CausalLM, LayerTap, able_to_run
 from ibft.errors import InputError
 from ibft.objective import CONFIG_NAME, STATE_NAME, IBConfig, Objective, active_share, free_nats
 from ibft.output import DeferredLogits, IBOutput, fused_head_output
@@ -63,8 +63,9 @@ class IBModel(PeftModelForCausalLM):
         parts.check_router_loss()
         if ib is not None:
             parts.check_layer(ib.target_layer)
-        parts.check_causal()
-        parts.check_logits(model)
+        with able_to_run(model):
+            parts.check_causal()
+            parts.check_logits(model)
         super().__init__(model, peft_config, adapter_name, **kwargs)
         try:
             _check_tuner(self.base_model)

@@ -113,6 +113,7 @@ def run_record(run: "Run", result: dict[str, Any] | None) -> dict[str, Any]:
         "hub": hub_names(run.config.to_dict()),
         "dtype": str(next(run.model.get_base_model().parameters()).dtype).removeprefix("torch."),
         "engine": run.engine.name,
+        "engine_kind": run.engine.kind,
         "attention": run.attention.label,
         "gradient_checkpointing": run.checkpointing.on,
         "peak_tflops": run.peak.tflops,

@@ -1,7 +1,9 @@
 """A run made ready: checks, data, model and optimizer, distributed as the engine does it, and resumed where asked."""
 
+import functools
 import json
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 from ibft.adapter import lora_config
 from ibft.architecture import CausalLM, default_target_layer
 from ibft.attention import Attention, select_attention
-from ibft.checkpoint import Checkpoint, check_files, check_run, load_state, load_weights, newest_checkpoint
+from ibft.checkpoint import Checkpoint, check_files, check_run, load_state, load_weights, newest_checkpoint, shown
 from ibft.config import TrainConfig
 from ibft.data import BatchPlan, EncodedDataset, document_lengths, load_data
 from ibft.engines import Engine
@@ -37,8 +39,17 @@ from ibft.loading import (
 )
 from ibft.model import IBModel
 from ibft.objective import IBConfig
-from ibft.run_folder import checkpoints, prepare_output
+from ibft.run_folder import checkpoints, refuse_in_the_way
 from ibft.speed import Peak, peak_of
+
+# Options that a process may have otherwise than the main one: where it finds what is the same, and how it gets there.
+_ITS_OWN = {
+    *("base_model", "dataset", "validation_dataset", "memorization_scores", "training_config", "adapter_config"),
+    *("output_dir", "num_proc", "debug"),
+}
+# Of a compiled layer: windows or none, with and without gradients of what goes in and comes out, a first shape, any
+# other, one row alone.
+_VARIANTS = 64
 
 
 @dataclass
@@ -82,9 +93,7 @@ def set_up(config: TrainConfig, engine: Engine) -> Run:
     With `dry_run` the model has no weights and is not distributed: `describe_dry_run` says what that leaves unchecked.
     """
     output = Path(config.output_dir)
-    engine.on_main(
-        lambda: prepare_output(output, overwrite=config.overwrite, resume=config.resume, dry_run=config.dry_run)
-    )
+    _check_alike(engine, {name: value for name, value in config.to_dict().items() if name not in _ITS_OWN})
     saved = _find_checkpoint(output, engine) if config.resume else None
     base_config, dtype = load_base_config(config.base_model), resolve_dtype(config.dtype, engine.device)
     check_optional_packages(liger=config.liger, load_in_4bit=config.load_in_4bit, base_config=base_config)
@@ -98,18 +107,24 @@ def set_up(config: TrainConfig, engine: Engine) -> Run:
     )
     adapter = lora_config(config)
     tokenizer = load_tokenizer(config.base_model)
-    data, validation = load_data(config, tokenizer)
+    data, validation = engine.on_all(lambda: load_data(config, tokenizer))
+    _check_alike(
+        engine, {"data": data.fingerprint, "validation": None if validation is None else validation.fingerprint}
+    )
     plan = _plan(config, engine, data, saved)
     total_steps = config.max_steps if config.max_steps > 0 else plan.total_steps(config.num_train_epochs)
     warmup_steps = config.warmup_steps or math.ceil(config.warmup_ratio * total_steps)
+    start_step = 0 if saved is None else saved.step
+    engine.on_main(refuse_in_the_way, output, range(start_step + 1, total_steps))
 
     # One seed makes the same initial weights on every rank; each rank's dropout then has a seed of its own.
     set_seed(config.seed % 2**32)
-    base, base_fingerprint = _load_base(config, engine, attention, dtype)
+    base, base_fingerprint = engine.on_all(lambda: _load_base(config, engine, attention, dtype))
+    base_fingerprint = engine.share(base_fingerprint)
     check_vocabulary(config.base_model, base, tokenizer, [data, *([] if validation is None else [validation])])
-    if config.liger:
+    model = engine.on_all(lambda: _with_adapter(config, base, adapter, attention))
+    if config.liger:  # not before: its kernels run on a GPU alone, and weights that will be sharded are on the CPU yet
         use_liger_layers(base)
-    model = _with_adapter(base, adapter, _ib_config(config, base))
     compute_in_base_dtype(model)
     cost = _cost(model)
     checkpointing = engine.share(
@@ -119,9 +134,8 @@ def set_up(config: TrainConfig, engine: Engine) -> Run:
             lora_config(config),
             num_parameters=base.num_parameters(),
             dtype=dtype,
-            device=engine.device,
-            world_size=engine.world_size,
-            shards_weights=engine.shards_weights,
+            engine=engine,
+            attention=attention,
         )
     )
     if checkpointing.on:
@@ -130,8 +144,8 @@ def set_up(config: TrainConfig, engine: Engine) -> Run:
     identity = _identity(config, model, base_fingerprint, data, validation, plan, total_steps)
     if saved is not None:
         check_run(saved, identity, unknown={"base"} if config.dry_run else set())
-        if engine.loads_weights and not config.dry_run:
-            load_weights(saved, model)
+        if not config.dry_run:
+            engine.on_all(lambda: load_weights(saved, model) if engine.loads_weights else None)
     if config.compile:
         compile_layers(model)
     set_seed((config.seed + engine.rank) % 2**32)
@@ -161,9 +175,24 @@ def set_up(config: TrainConfig, engine: Engine) -> Run:
         cost=cost,
         checkpointing=checkpointing,
         peak=peak_of(config, engine.device, dtype),
-        start_step=0 if saved is None else saved.step,
+        start_step=start_step,
         validation=validation,
     )
+
+
+def _check_alike(engine: Engine, values: Mapping[str, Any]) -> None:
+    """Raises InputError where a process has others than the main one: they would wait for each other, or mix runs."""
+    if (found := engine.differing(dict(values))) is not None:
+        rank, its, mains = found
+        differences = [
+            f"{name} is {shown(its[name])}, and {shown(mains[name])} in the main process"
+            for name in values
+            if its[name] != mains[name]
+        ]
+        raise InputError(
+            f"process {rank} is of another run ({'; '.join(differences)}); all processes must be started with the same "
+            "options and read the same data."
+        )
 
 
 def _find_checkpoint(output: Path, engine: Engine) -> Checkpoint | None:
@@ -197,7 +226,7 @@ def _plan(config: TrainConfig, engine: Engine, data: EncodedDataset, saved: Chec
 def _load_base(
     config: TrainConfig, engine: Engine, attention: Attention, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, str]:
-    """The base model and its fingerprint; only an outline where the main process reads the weights, or nobody."""
+    """The base model and its fingerprint; an outline and none where the main process reads the weights, or nobody."""
     outline = config.dry_run or not engine.loads_weights
     if outline:
         base = load_base_outline(config.base_model, dtype, attention.implementation)
@@ -205,19 +234,37 @@ def _load_base(
         base = load_base_model(
             config.base_model, dtype, attention.implementation, engine.loading_device, config.load_in_4bit
         )
-        parts = CausalLM.of(base)
-        parts.check_causal()
-        if config.packing != "none":
-            parts.check_packing(document_lengths([2, 2]) if attention.takes_lengths else None)
-    if config.dry_run:
-        return base, ""
-    return base, engine.share("" if outline else fingerprint(base))
+    return base, "" if outline else fingerprint(base)
 
 
 def compile_layers(model: IBModel) -> None:
     """torch.compile of every decoder layer's own computation; hooks stay outside, those of FSDP2 and the tap too."""
     for layer in CausalLM.of(model.get_base_model()).layers:
-        layer.forward = torch.compile(layer.forward)
+        layer.forward = _limited(torch.compile(layer.forward))
+
+
+def _limited(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A compiled forward with room for _VARIANTS, which all layers share; InputError where torch would go on without.
+
+    Its own limit is 8, and from there on layers run uncompiled, with a line in the log.
+    """
+    from torch._dynamo import config, exc
+
+    # Around each call, because settings are a thread's own, and with checkpointing layers run in autograd's, too.
+    limit = config.patch(recompile_limit=_VARIANTS, fail_on_recompile_limit_hit=True)
+
+    @functools.wraps(forward)
+    def limited(*arguments: Any, **options: Any) -> Any:
+        try:
+            with limit:
+                return forward(*arguments, **options)
+        except exc.FailOnRecompileLimitHit as error:
+            raise InputError(
+                f"--compile: the decoder's layers were compiled {_VARIANTS} times, for other shapes and settings each, "
+                "and there is no end to it; leave it out."
+            ) from error
+
+    return limited
 
 
 def _cost(model: IBModel) -> ModelCost | None:
@@ -253,7 +300,9 @@ def _identity(
     )
 
 
-def _with_adapter(base: PreTrainedModel, adapter: LoraConfig, ib: IBConfig | None) -> IBModel:
+def _with_adapter(config: TrainConfig, base: PreTrainedModel, adapter: LoraConfig, attention: Attention) -> IBModel:
+    """The model that is trained. Making it tries the base model; then it is seen whether documents stay apart in it."""
+    ib = _ib_config(config, base)
     try:
         model = IBModel.from_base(base, adapter, ib)
     except InputError:
@@ -265,6 +314,8 @@ def _with_adapter(base: PreTrainedModel, adapter: LoraConfig, ib: IBConfig | Non
             f"no adapter is at or below target_layer {ib.target_layer}, so the bottleneck would shape nothing; lower "
             "layers_to_transform, or raise --target_layer."
         )
+    if config.packing != "none":
+        CausalLM.of(base).check_packing(document_lengths([2, 2]) if attention.takes_lengths else None)
     return model
 
 

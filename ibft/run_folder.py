@@ -4,12 +4,14 @@ Whatever bears its final name is whole: it is written under another one, flushed
 """
 
 import errno
+import fcntl
 import json
 import os
 import re
 import shutil
+import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ RECORD_NAME = "ibft.json"
 METRICS_NAME = "metrics.jsonl"
 MARK_NAME = "checkpoint.json"  # the last file of a checkpoint to be written
 INTERRUPTED_NAME = "interrupted.json"  # of a run that a signal ended, until it goes on
+LOCK_NAME = ".lock"  # there while a run writes to its folder
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # Disk full, over quota, file too large, read-only, not allowed, failing, gone.
 _REFUSALS = {
@@ -86,6 +89,43 @@ def _refuse_occupied(folder: Path, *, overwrite: bool, resume: bool) -> None:
             )
         if not resume and (folder / "adapter_config.json").exists():
             raise InputError(f"output_dir {folder} holds another adapter; choose another, or pass --overwrite.")
+
+
+@contextmanager
+def hold_output(folder: Path, *, overwrite: bool, resume: bool, dry_run: bool = False) -> Iterator[None]:
+    """`prepare_output`, and no other run in the folder while the block runs; InputError where there is one."""
+    with leave_no_empty_folder(folder):
+        prepare_output(folder, overwrite=overwrite, resume=resume, dry_run=dry_run)
+        with nullcontext() if dry_run else _locked(folder):
+            yield
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """By `lockf`, since `flock` would outlive a process that was killed in those that it had forked."""
+    path = folder / LOCK_NAME
+    with path.open("a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            taken = os.fstat(file.fileno()).st_nlink == 0  # by one that then ended, and has just removed the file
+        except (BlockingIOError, PermissionError):
+            taken = True
+        except OSError:  # a network file system without locks
+            taken = False
+        if taken:
+            file.seek(0)
+            raise InputError(
+                f"output_dir {folder} is being written to by another run ({file.read() or 'which has just begun'}); "
+                f"wait for it, or end it. If there is none, remove {path}."
+            )
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                path.unlink()
 
 
 @contextmanager
@@ -170,6 +210,20 @@ def checkpoints(folder: Path) -> list[Path]:
     named = [(match, path) for path in folder.iterdir() if (match := _CHECKPOINT.fullmatch(path.name))]
     # Another trainer's folders of that name are none of ours.
     return [path for _, path in sorted((int(match[1]), path) for match, path in named if (path / MARK_NAME).is_file())]
+
+
+def refuse_in_the_way(folder: Path, steps: range) -> None:
+    """Raises InputError for what bears the name of a checkpoint after one of these steps, and is none of ours.
+
+    Ours are never in the way: a run goes on from the newest, or `clear_output` removes them all.
+    """
+    for path in folder.glob("checkpoint-*"):
+        match = _CHECKPOINT.fullmatch(path.name)
+        if match and int(match[1]) in steps and not (path / MARK_NAME).is_file():
+            raise InputError(
+                f"{path} is in the way of the checkpoint after step {match[1]}, and has no {MARK_NAME}, so that it may "
+                "be another program's; move it, or choose another output_dir."
+            )
 
 
 def save_result(

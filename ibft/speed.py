@@ -68,10 +68,15 @@ class Speedometer:
         self._marks.append((phase, self._now()))
 
     def read(self, window: "Sequence[StepRecord]") -> list[dict[str, Any]]:
-        """The fields of each step in a window; times are means over it. Collective, and waits for the device."""
+        """The fields of each step in a window, on the main process; times are means over it.
+
+        Collective, and waits for the device.
+        """
         run, phases = self._run, self._phases()
         seconds = time.perf_counter() - self._start
         memory = run.engine.highest(self._peak_mib())
+        if not run.engine.is_main:
+            return [{} for _ in window]
         steps = len(window)
         tokens = sum(record.num_tokens for record in window)
         flops = [self._flops(record) for record in window]
@@ -84,7 +89,7 @@ class Speedometer:
         found["peak_memory_gib"] = round(memory / 1024, 3)
         return [
             {
-                "padding": 1 - record.num_tokens / run.plan.positions(record.step - 1),
+                "padding": 1 - record.num_tokens / record.positions,
                 "masked": 1 - record.num_labels / record.num_tokens,
                 "flops": step_flops,
                 **found,

@@ -23,6 +23,7 @@ class StepRecord(NamedTuple):
     documents: np.ndarray
     num_tokens: int
     num_labels: int
+    positions: int  # `BatchPlan.positions`; on the main process, which alone writes of it
     learning_rate: Any
     scalars: Tensor  # loss, ce, kl, ce_ib, gradient norm; on the device
     weights: dict[str, float | Tensor]  # those of the objective that vary, as they were in this step

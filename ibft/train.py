@@ -9,7 +9,7 @@ import math
 import signal
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from ibft.run_folder import (
     METRICS_NAME,
     RECORD_NAME,
     clear_output,
-    leave_no_empty_folder,
+    hold_output,
     remove_partial,
     save_result,
     saving_in,
@@ -67,36 +67,43 @@ def train(config: TrainConfig, notices: Sequence[str] = ()) -> dict[str, Any]:
     engine = start_engine(config)
     quiet_libraries(progress_bars=engine.is_main and sys.stderr.isatty())
     try:
-        with leave_no_empty_folder(Path(config.output_dir)) if engine.is_main else nullcontext():
-            run = set_up(config, engine)
-        notices = [*notices, *engine.notices]
-        if config.dry_run:
-            if engine.is_main:
-                print(describe_dry_run(run, [*notices, *usable_trackers(config.report_to)[1]]))
-            return run_record(run, result=None)
-        with saving_in(run.output), StopSignals() as signals:
-            metrics = _announce(run, notices)
-            try:
-                with tracing(config.profile, run.output / "profile", engine.rank) as profiler:
-                    summary = _loop(run, metrics, signals, profiler)
-            finally:
-                if metrics is not None:
-                    metrics.close()
-            record = run_record(run, result=summary)
-            run.attention.leave(run.model.get_base_model())
-            weights = engine.weights(run.model)
-            engine.on_main(lambda: save_result(run.output, run.model, weights, run.tokenizer, record))
-        if engine.is_main:
-            print(f"adapter written to {run.output}")
-        return record
+        with ExitStack() as held:
+            engine.on_main(
+                held.enter_context,
+                hold_output(
+                    Path(config.output_dir), overwrite=config.overwrite, resume=config.resume, dry_run=config.dry_run
+                ),
+            )
+            return _train(set_up(config, engine), [*notices, *engine.notices])
     finally:
         engine.close()
 
 
-def _announce(run: Run, notices: Sequence[str]) -> Metrics | None:
-    """Says what the run will do, and makes room for it; the metrics on the main process, None on the others."""
-    if not run.engine.is_main:
-        return None
+def _train(run: Run, notices: Sequence[str]) -> dict[str, Any]:
+    config, engine = run.config, run.engine
+    if config.dry_run:
+        if engine.is_main:
+            print(describe_dry_run(run, [*notices, *usable_trackers(config.report_to)[1]]))
+        return run_record(run, result=None)
+    with saving_in(run.output), StopSignals() as signals:
+        metrics = engine.on_all(lambda: _announce(run, notices) if engine.is_main else None)
+        try:
+            with tracing(config.profile, run.output / "profile", engine.rank) as profiler:
+                summary = _loop(run, metrics, signals, profiler)
+        finally:
+            if metrics is not None:
+                metrics.close()
+        record = run_record(run, result=summary)
+        run.attention.leave(run.model.get_base_model())
+        weights = engine.weights(run.model)
+        engine.on_main(save_result, run.output, run.model, weights, run.tokenizer, record)
+    if engine.is_main:
+        print(f"adapter written to {run.output}")
+    return record
+
+
+def _announce(run: Run, notices: Sequence[str]) -> Metrics:
+    """Says what the run will do, and makes room for it; on the main process."""
     config = run.config
     if run.start_step:
         trim_metrics(run.output / METRICS_NAME, run.start_step)
@@ -119,6 +126,7 @@ def _loop(run: Run, metrics: Metrics | None, signals: StopSignals, profiler: Any
     config, engine, plan, data, optimizer = run.config, run.engine, run.plan, run.data, run.optimizer
     model = run.wrapped
     model.train()
+    validation = Validation(run, run.validation) if run.validation is not None else None
     batches = load_batches(
         data,
         plan,
@@ -132,7 +140,6 @@ def _loop(run: Run, metrics: Metrics | None, signals: StopSignals, profiler: Any
     noise_rng = torch.tensor([config.seed, run.start_step], device=engine.device)  # (seed, step) of the noise stream
     one_step = torch.tensor([0, 1], device=engine.device)
     diverged = torch.zeros((), device=engine.device)  # sticky: from the first bad step on, no step moves a weight
-    validation = Validation(run, run.validation) if run.validation is not None else None
     window: list[StepRecord] = []
     speed = Speedometer(run)
     summary: dict[str, Any] = {}
@@ -143,10 +150,11 @@ def _loop(run: Run, metrics: Metrics | None, signals: StopSignals, profiler: Any
         # Every term is a mean over the whole step, all micro-batches and ranks. The plan knows the counts.
         documents = plan.documents(step)
         num_labels, num_tokens = int(data.label_tokens[documents].sum()), int(data.lengths[documents].sum())
+        positions = plan.positions(step) if engine.is_main else 0
         num_micro_batches = len(plan.micro_batches(step, engine.rank))
         done = step + 1
         saving = config.save_strategy == "steps" and done % config.save_steps == 0 and done < run.total_steps
-        evaluating = validation is not None and validation.is_due(done, plan.steps_in_epoch(0), run.total_steps)
+        evaluating = validation is not None and validation.is_due(done)
         # Before a checkpoint too, so that none is written of a run that has diverged, or ahead of its metrics.
         logged = done % config.logging_steps == 0 or done == run.total_steps or saving or evaluating
         terms = torch.zeros(4, device=engine.device)
@@ -180,7 +188,7 @@ def _loop(run: Run, metrics: Metrics | None, signals: StopSignals, profiler: Any
         noise_rng = noise_rng + one_step
 
         scalars = torch.cat([terms, grad_norm.float().reshape(1)])
-        window.append(StepRecord(done, documents, num_tokens, num_labels, learning_rate, scalars, weights))
+        window.append(StepRecord(done, documents, num_tokens, num_labels, positions, learning_rate, scalars, weights))
         speed.mark("optimizer")
         if profiler is not None:
             profiler.step()
@@ -190,9 +198,10 @@ def _loop(run: Run, metrics: Metrics | None, signals: StopSignals, profiler: Any
             records = to_host(run, window, output.active_share, speed.read(window))
             sound = next((index for index, values in enumerate(records) if not is_finite(values)), len(records))
             if validation is not None and evaluating and sound == len(records):
-                records[-1]["eval_loss"] = validation.loss(model)
-            if metrics is not None and sound:
-                metrics.write(records[:sound])
+                records[-1]["eval_loss"] = validation.loss(model, signals)
+                stopped_by = engine.highest(signals.received) if done < run.total_steps else 0  # one may have come
+            if sound:
+                engine.on_main(Metrics.write, metrics, records[:sound])
             if sound < len(records):
                 raise TrainingDiverged(what_diverged(run, records[sound], window[sound]))
             summary = {name: records[-1][name] for name in SUMMARY}
@@ -227,9 +236,8 @@ def _interruption(run: Run, done: int, number: int) -> Interrupted:
     """Leaves a marker beside the checkpoint: a launcher's exit code does not tell a run saved from one that failed."""
     name = signal.Signals(number).name
     resume = "the same command with --resume, and without --overwrite, goes on from there"
-    if run.engine.is_main:
-        marker = {"signal": name, "step": done, "steps": run.total_steps, "command": sys.argv, "resume": resume}
-        write_json(run.output / INTERRUPTED_NAME, marker)
+    marker = {"signal": name, "step": done, "steps": run.total_steps, "command": sys.argv, "resume": resume}
+    run.engine.on_main(write_json, run.output / INTERRUPTED_NAME, marker)
     return Interrupted(
         f"stopped by {name} after step {done} of {run.total_steps}, and saved to {run.output}/checkpoint-{done}; "
         f"{resume}.",

@@ -7,6 +7,7 @@ from torch import nn
 
 from ibft.data import BatchPlan, EncodedDataset, load_batches
 from ibft.loading import autocast
+from ibft.signals import StopSignals
 
 if TYPE_CHECKING:
     from ibft.run import Run
@@ -17,7 +18,8 @@ class Validation:
 
     def __init__(self, run: "Run", data: EncodedDataset) -> None:
         config, engine = run.config, run.engine
-        self.data, self._tokenizer, self._engine, self._every = data, run.tokenizer, engine, config.eval_steps
+        self.data, self._tokenizer, self._engine = data, run.tokenizer, engine
+        self._every, self._last = config.eval_steps or run.plan.steps_in_epoch(0), run.total_steps
         self._lengths, self._dtype = run.attention.takes_lengths, run.dtype
         self._plan = BatchPlan(
             data.lengths,
@@ -29,15 +31,19 @@ class Validation:
             seed=0,
         )
 
-    def is_due(self, done: int, steps_in_epoch: int, total_steps: int) -> bool:
+    def is_due(self, done: int) -> bool:
         """Whether to evaluate after `done` optimizer steps: each eval_steps, or each epoch; always at the end."""
-        return done % (self._every or steps_in_epoch) == 0 or done == total_steps
+        return done % self._every == 0 or done == self._last
 
     @torch.no_grad()
-    def loss(self, model: nn.Module) -> float:
-        """The mean cross-entropy of the label tokens; on all ranks together, with the same result on each."""
+    def loss(self, model: nn.Module, signals: StopSignals) -> float | None:
+        """The mean cross-entropy of the label tokens; on all ranks together, with the same result on each.
+
+        None where one of them has been told to stop: whoever told it may not wait for the rest of the batches.
+        """
         num_labels = int(self.data.label_tokens.sum())
         total = torch.zeros((), device=self._engine.device)
+        stopped = False
         training = model.training
         model.eval()
         for batch in load_batches(
@@ -49,7 +55,9 @@ class Validation:
             tokenizer=self._tokenizer,
             lengths=self._lengths,
         ):
+            if stopped := self._engine.highest(signals.received) > 0:
+                break
             with autocast(self._engine.device, self._dtype):
                 total += model(**batch, num_items_in_batch=num_labels, return_stats=False).loss
         model.train(training)
-        return float(self._engine.sum(total).item())
+        return None if stopped else float(self._engine.sum(total).item())

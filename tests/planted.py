@@ -1,5 +1,8 @@
 """What tests plant in a training that runs in a process of its own: see `processes.Training`."""
 
+import dataclasses
+import errno
+import operator
 import os
 import signal
 import sys
@@ -13,6 +16,7 @@ from torch import Tensor
 
 import ibft.run
 import ibft.train
+import ibft.validation
 from ibft.engines import Engine, num_elements
 
 
@@ -104,6 +108,46 @@ def receive(rank: int, micro_batches: int, number: int, times: int = 1) -> None:
         after_micro_batches(micro_batches, lambda: [os.kill(os.getpid(), number) for _ in range(times)] and None)
 
 
+def receive_in_validation(rank: int, batch: int, number: int, file: str) -> None:
+    """A signal for that rank with the `batch`th (from 1) of a validation; `file` has a line for each it was handed."""
+    if os.environ.get("RANK", "0") != str(rank):
+        return
+    real = ibft.validation.load_batches
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        for index, loaded in enumerate(real(*arguments, **options), start=1):
+            with open(file, "a") as opened:
+                opened.write(f"{index}\n")
+            if index == batch:
+                os.kill(os.getpid(), number)
+            yield loaded
+
+    ibft.validation.load_batches = watched
+
+
+def start_otherwise(rank: int, options: dict[str, Any]) -> None:
+    """That rank is started with other options."""
+    if os.environ.get("RANK", "0") == str(rank):
+        real = ibft.train.set_up
+        ibft.train.set_up = lambda config, engine: real(dataclasses.replace(config, **options), engine)
+
+
+def fill_the_disk(name: str, call: int) -> None:
+    """The main process finds the disk full in a function of ibft.train, of this name, from its `call`th call on."""
+    owner, _, function = name.rpartition(".")
+    module = operator.attrgetter(owner)(ibft.train) if owner else ibft.train
+    real, calls = getattr(module, function), []
+
+    def refused(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) >= call:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(*arguments)
+
+    if os.environ.get("RANK", "0") == "0":
+        setattr(module, function, refused)
+
+
 def hang(micro_batches: int, file: str) -> None:
     """A step that does not end; `file` appears when it begins."""
 
@@ -134,6 +178,18 @@ def measure_share(file: str) -> None:
         return result
 
     ibft.train._loop = measured
+
+
+def bucket_size(file: str) -> None:
+    """Writes how many elements DeepSpeed's buffer for gradients has."""
+    loop = ibft.train._loop
+
+    def watched(run: Any, *rest: Any) -> Any:
+        with open(file, "w") as opened:
+            opened.write(str(run.engine._zero.reduce_bucket_size))
+        return loop(run, *rest)
+
+    ibft.train._loop = watched
 
 
 def another_outline() -> None:

@@ -8,7 +8,7 @@ engine and every number of processes.
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from torch.optim import Optimizer
 
 from ibft.errors import FailedElsewhere
 
+T = TypeVar("T")
+Kind = Literal["ddp", "fsdp2", "zero1", "zero2", "zero3"]
 # parameter name -> what the optimizer keeps of it, "step", "exp_avg" and "exp_avg_sq"; on the CPU
 OptimizerState = dict[str, dict[str, Tensor]]
 
@@ -24,6 +26,7 @@ class Engine:
     """One process. Every method that is collective elsewhere must be called on all ranks, in the same order."""
 
     name = "one process"
+    kind: Kind = "ddp"  # as `ibft estimate --engine` calls it; alone, DDP costs nothing more
     rank = 0
     world_size = 1
     shards_weights = False  # whether the base model is spread over the processes, so that none holds all of it
@@ -65,22 +68,30 @@ class Engine:
         """Every rank's value in order, on the main process; elsewhere nothing."""
         return [value]
 
-    def on_main(self, work: Callable[[], None]) -> None:
-        """Runs `work` on the main process while the others wait; where it fails they fail too, not wait for ever.
+    def differing(self, value: Any) -> tuple[int, Any, Any] | None:
+        """(rank, its value, the main process's) of the first rank that has another one; None where all are alike."""
+        mains = self.share(value)
+        others = self.gather(None if value == mains else (self.rank, value, mains))
+        return self.share(next(filter(None, others), None))
 
-        Raises what `work` raised; on the other ranks FailedElsewhere.
+    def on_all(self, work: Callable[[], T]) -> T:
+        """Runs `work`, in which no rank waits for another; where it fails on one, all fail, and none waits for ever.
+
+        Raises what `work` raised; where it did so on other ranks alone, FailedElsewhere.
         """
-        error: BaseException | None = None
-        if self.is_main:
-            try:
-                work()
-            except BaseException as raised:
-                error = raised
-        failed = self.highest(int(error is not None))
-        if error is not None:
-            raise error
+        failed = 1
+        try:
+            result = work()
+            failed = 0
+        finally:
+            failed = self.highest(failed)
         if failed:
-            raise FailedElsewhere("the main process could not go on; its message says why.")
+            raise FailedElsewhere("another process could not go on; its message says why.")
+        return result
+
+    def on_main(self, work: Callable[..., object], *arguments: Any) -> None:
+        """`on_all` of what the main process does alone while the others wait."""
+        self.on_all(lambda: work(*arguments) if self.is_main else None)
 
     def close(self) -> None:
         """Leaves the process group."""
@@ -124,11 +135,15 @@ class Engine:
 
     def optimizer_state(self, model: nn.Module, optimizer: Optimizer) -> OptimizerState:
         """What the optimizer keeps of each trained parameter, whole, on the main process. Collective."""
-        return {
-            name: self._to_main((key, self._whole(value)) for key, value in optimizer.state[parameter].items())
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad
-        }
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        found = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                if id(parameter) not in held:  # nothing would be saved of it, and a resumed run begin anew with it
+                    raise RuntimeError(f"{name} of the model is not the parameter that the optimizer holds")
+                kept = optimizer.state[parameter].items()  # empty where it never had a gradient
+                found[name] = self._to_main((key, self._whole(value)) for key, value in kept)
+        return found
 
     def load_optimizer_state(self, model: nn.Module, optimizer: Optimizer, state: OptimizerState) -> None:
         """Takes back what `optimizer_state` gave, to be read by every rank."""
@@ -136,7 +151,7 @@ class Engine:
             if parameter.requires_grad:
                 optimizer.state[parameter] = {
                     # A fused step counts on the parameters' device; the other tensors are laid out as the parameter.
-                    key: value.to(self.device) if key == "step" else self._like(value, parameter)
+                    key: value.to(self.device, copy=True) if key == "step" else self._like(value, parameter)
                     for key, value in state[name].items()
                 }
 
@@ -144,8 +159,8 @@ class Engine:
         return tensor
 
     def _like(self, whole: Tensor, parameter: Tensor) -> Tensor:
-        """`whole` as this rank holds `parameter`: on its device, and its part of it."""
-        return whole.to(parameter.device)
+        """`whole` as this rank holds `parameter`: on its device, and its part of it. A copy: `whole` may be a file."""
+        return whole.to(parameter.device, copy=True)
 
     def _to_main(self, tensors: "Iterator[tuple[str, Tensor]]") -> dict[str, Tensor]:
         """Runs through the (collective) tensors one by one, so that only the main process ever holds them all."""

@@ -62,11 +62,11 @@ class Distributed(Engine):
             (name, tuple(tensor.shape), str(tensor.dtype), tensor.requires_grad)
             for name, tensor in [*model.named_parameters(), *model.named_buffers()]
         ]
-        mains = self.share(outline)
-        if self.highest(int(outline != mains)):
-            differing = next((pair for pair in zip(outline, mains, strict=False) if pair[0] != pair[1]), "their number")
+        if (found := self.differing(outline)) is not None:
+            _, its, mains = found
+            unlike = next((pair for pair in zip(its, mains, strict=False) if pair[0] != pair[1]), "their number")
             raise InputError(
-                f"the base model's files do not give the model that its config.json describes ({differing} differ), so "
+                f"the base model's files do not give the model that its config.json describes ({unlike} differ), so "
                 f"it cannot be sharded by {self.name}; train it with --engine ddp."
             )
 

@@ -5,12 +5,14 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
 
 from ibft.architecture import CausalLM
+from ibft.engines.base import OptimizerState
 from ibft.engines.distributed import Distributed
 
 
@@ -19,8 +21,11 @@ class FullyShardedDataParallel(Distributed):
 
     What belongs to no layer (embeddings, final norm, output head, bottleneck) is in the outermost group, which is
     gathered before IBModel's forward and stays so until backward has passed: there the loss reads the head's weight.
+    After a forward without backward, such as validation's, that group's parameters are still those that were gathered,
+    and not the shards that the optimizer holds.
     """
 
+    kind = "fsdp2"
     shards_weights = True
 
     def __init__(self, device: torch.device, timeout: timedelta) -> None:
@@ -46,9 +51,19 @@ class FullyShardedDataParallel(Distributed):
         self._model.set_requires_gradient_sync(last)
         return nullcontext()
 
+    def weights(self, model: Any) -> dict[str, Tensor]:
+        """Gathered from the shards, none of them a view of what `reshard` would free."""
+        self._model.reshard()
+        return super().weights(model)
+
+    def optimizer_state(self, model: nn.Module, optimizer: Optimizer) -> OptimizerState:
+        """Gathered from the shards, whose states they are."""
+        self._model.reshard()
+        return super().optimizer_state(model, optimizer)
+
     def _whole(self, tensor: Tensor) -> Tensor:
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
     def _like(self, whole: Tensor, parameter: Tensor) -> Tensor:
         assert isinstance(parameter, DTensor)
-        return distribute_tensor(whole.to(self.device), parameter.device_mesh, parameter.placements)
+        return distribute_tensor(whole.to(self.device, copy=True), parameter.device_mesh, parameter.placements)

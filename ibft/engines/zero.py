@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ibft.architecture import CausalLM
-from ibft.engines.base import OptimizerState, saved_parameters
+from ibft.engines.base import OptimizerState, num_elements, saved_parameters
 from ibft.engines.distributed import Distributed
+from ibft.engines.zero_config import KINDS, fit_bucket
 from ibft.errors import InputError
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -31,6 +32,7 @@ class Zero(Distributed):
         self.notices = notices
         self._config = config
         self._stage = config["zero_optimization"]["stage"]
+        self.kind = KINDS[self._stage]
         self.shards_weights = self._stage == 3
         self.name = f"DeepSpeed {self._deepspeed.__version__} ZeRO-{self._stage}, {self._group}"
         self._deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
@@ -46,6 +48,8 @@ class Zero(Distributed):
 
     def wrap(self, model: nn.Module, optimizer: Optimizer) -> nn.Module:
         """deepspeed.initialize."""
+        trained = sum(num_elements(parameter) for parameter in model.parameters() if parameter.requires_grad)
+        self.notices += fit_bucket(self._config, trained)
         self._engine, zero, *_ = self._deepspeed.initialize(model=model, optimizer=optimizer, config=self._config)
         if self._engine.zero_optimization_stage() != self._stage or not hasattr(zero, "step"):
             raise RuntimeError(f"DeepSpeed made stage {self._engine.zero_optimization_stage()} of stage {self._stage}")

@@ -7,18 +7,22 @@ from typing import Any
 
 from ibft.config import TrainConfig
 from ibft.config_file import read_json_object
+from ibft.engines.base import Kind
 from ibft.errors import InputError
 from ibft.legacy import is_empty
 
 DEFAULT: dict[str, Any] = {"zero_optimization": {"stage": 2}}
-STAGES = (1, 2, 3)
+KINDS: dict[int, Kind] = {1: "zero1", 2: "zero2", 3: "zero3"}  # by stage
 
-# How DeepSpeed shards, talks and reports: none of it changes what a step computes.
+# How DeepSpeed shards, talks and reports. But for _CHANGES_STEPS none of it changes what a step computes.
 _ACCEPTED = frozenset({
-    "zero_optimization", "communication_data_type", "aio", "wall_clock_breakdown", "memory_breakdown", "dump_state",
-    "steps_per_print", "comms_logger", "flops_profiler", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
-    "log_level",
+    "zero_optimization", "aio", "wall_clock_breakdown", "memory_breakdown", "dump_state", "steps_per_print",
+    "comms_logger", "flops_profiler", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "log_level",
 })  # fmt: skip
+# In zero_optimization, as DeepSpeed 0.19 has it: rounded weights and gradients, steps that are taken late.
+_CHANGES_STEPS = (
+    "zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients", "zenflow",
+)  # fmt: skip
 # What the loop does itself, and the option that asks for it.
 _OURS = {
     "optimizer": "--learning_rate, --weight_decay and the --adam_ options say how AdamW steps",
@@ -39,7 +43,7 @@ def zero_config(path: str | None, config: TrainConfig, world_size: int) -> tuple
     given = _without_auto(given)
     zero = given.get("zero_optimization")
     stage = zero.get("stage", 0) if isinstance(zero, dict) else zero
-    if stage not in STAGES or not isinstance(zero, dict):
+    if stage not in tuple(KINDS) or not isinstance(zero, dict):
         raise InputError(
             f'{path}: zero_optimization.stage is {stage!r}; accepted are 1, 2 and 3, as in {{"zero_optimization": '
             '{"stage": 2}}. Without sharding, --engine ddp does the same.'
@@ -54,6 +58,13 @@ def zero_config(path: str | None, config: TrainConfig, world_size: int) -> tuple
             raise InputError(
                 f"{path}: zero_optimization.{name}.device is 'nvme', which is not supported; 'cpu' and 'none' are."
             )
+    if changing := [name for name in _CHANGES_STEPS if not is_empty(zero.get(name))]:
+        raise InputError(
+            f"{path}: zero_optimization.{changing[0]} is {_shown(zero[changing[0]])}, which changes what a step "
+            "computes; leave it out of the file."
+        )
+    if zero.get("compute_grad_norm") is False:
+        raise InputError(f"{path}: zero_optimization.compute_grad_norm is False, but every step needs that norm.")
 
     accumulation = config.gradient_accumulation_steps
     rows = config.rows_per_batch
@@ -65,6 +76,7 @@ def zero_config(path: str | None, config: TrainConfig, world_size: int) -> tuple
         # Off, because ibft keeps what is trained in float32 and casts in the forward pass, whatever the base is in.
         "bf16": ({"enabled": False}, "--dtype, for the base model; what is trained stays float32"),
         "fp16": ({"enabled": False}, "--dtype; float16 is not supported"),
+        "communication_data_type": ("fp32", "gradients, which stay float32 on their way"),
     }
     notices = []
     for name, (value, source) in decided.items():
@@ -84,6 +96,23 @@ def zero_config(path: str | None, config: TrainConfig, world_size: int) -> tuple
     return kept | {name: value for name, (value, _) in decided.items()}, notices
 
 
+def fit_bucket(config: dict[str, Any], trained: int) -> list[str]:
+    """Makes DeepSpeed's buffer for gradients as large as they are, in place; a notice where that replaces a value.
+
+    DeepSpeed makes a float32 buffer of reduce_bucket_size elements, 5e8 by default, which is 1.9 GiB, whatever is
+    trained. `trained`: elements that are.
+    """
+    zero = config["zero_optimization"]
+    given = zero.get("reduce_bucket_size", trained)
+    zero["reduce_bucket_size"] = min(int(given), trained)
+    if given <= trained:
+        return []
+    return [
+        f"zero_optimization.reduce_bucket_size is {int(given):,}, set to {trained:,} (by the number of parameters that "
+        "are trained, whose gradients are all that it holds)."
+    ]
+
+
 def _without_auto(value: Any) -> Any:
     """transformers' "auto" means that it fills the value in; with DeepSpeed alone it would be an error."""
     if isinstance(value, dict):
@@ -94,7 +123,7 @@ def _without_auto(value: Any) -> Any:
 def _agrees(given: Any, decided: Any) -> bool:
     if isinstance(decided, dict):
         return _is_off(given)
-    return given == decided
+    return given is None or given == decided
 
 
 def _is_off(value: Any) -> bool:

@@ -1,6 +1,5 @@
 """What forward keeps for backward, by running two layers on tensors that have shapes and no memory."""
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +11,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from ibft.architecture import CausalLM
 from ibft.attention import varlen_attention
 from ibft.data import document_lengths
+from ibft.estimate.cost import ModelCost
 from ibft.loading import autocast, compute_in_base_dtype
 
 OUTLINE = "ibft_outline"  # the attention of the model to run: flash attention, whatever the device
@@ -24,8 +24,23 @@ class Activations(NamedTuple):
     layer: float  # in each of the decoder's layers
     around: float  # before the first and after the last
 
+    def with_scores(self, cost: ModelCost, length: int, dtype_bytes: int) -> "Activations":
+        """Where attention is eager, with its scores: for each head, all pairs of positions in a row of `length` tokens.
 
-AttentionInterface.register(OUTLINE, partial(varlen_attention, by_kernel=True))
+        The softmax is in float32, is cast before it meets the values, and a softcap keeps its tanh.
+        """
+        pair = 4 + dtype_bytes * ((dtype_bytes < 4) + cost.attention_softcap)
+        return self._replace(layer=self.layer + cost.attention_heads * length * pair)
+
+
+def _outlined(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
+    """What flash attention keeps is the same whatever a model does to its scores."""
+    for name in ("dropout", "softcap", "s_aux"):
+        options.pop(name, None)
+    return varlen_attention(module, query, key, value, mask, by_kernel=True, **options)
+
+
+AttentionInterface.register(OUTLINE, _outlined)
 
 
 def measure_activations(base: PreTrainedModel, adapter: LoraConfig) -> Activations:

@@ -61,10 +61,10 @@ def _changes(setting: Setting, row: int) -> Iterator[Setting]:
 
 def flags(setting: Setting, asked: Setting) -> str:
     """The options of `ibft train` by which a setting differs from the one that was asked for."""
+    engine = {"zero2": "deepspeed (stage 2)", "zero3": "deepspeed (stage 3)"}.get(setting.engine, setting.engine)
     options = {
-        "engine": {"zero2": "--engine deepspeed (stage 2)", "zero3": "--engine deepspeed (stage 3)"}.get(
-            setting.engine, f"--engine {setting.engine}"
-        ),
+        # One process needs none, and `ibft train` refuses ddp for it outside of torchrun.
+        "engine": f"--engine {'auto' if setting.gpus == 1 else engine}",
         "checkpointing": "--gradient_checkpointing" if setting.checkpointing else "--no_gradient_checkpointing",
         "load_in_4bit": "--load_in_4bit",
         "tokens": f"--tokens_per_batch {setting.tokens}",

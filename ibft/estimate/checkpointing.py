@@ -6,7 +6,9 @@ from typing import NamedTuple
 import torch
 from peft import LoraConfig
 
+from ibft.attention import Attention
 from ibft.config import TrainConfig
+from ibft.engines import Engine
 from ibft.estimate.activations import OUTLINE, Activations, measure_activations
 from ibft.estimate.advice import ROOMY, fits
 from ibft.estimate.cost import ModelCost
@@ -30,9 +32,8 @@ def choose_checkpointing(
     *,
     num_parameters: int,
     dtype: torch.dtype,
-    device: torch.device,
-    world_size: int,
-    shards_weights: bool,
+    engine: Engine,
+    attention: Attention,
 ) -> Checkpointing:
     """On where a step without it would fill more than 80% of the device's memory; cost: None where it is not known."""
     if config.gradient_checkpointing is not None:
@@ -40,8 +41,8 @@ def choose_checkpointing(
     if cost is None:
         return Checkpointing(num_parameters >= _LARGE, "by the size of the model, which there is no estimate for")
     setting = Setting(
-        engine="fsdp2" if shards_weights else "ddp",
-        gpus=world_size,
+        engine=engine.kind,
+        gpus=engine.world_size,
         tokens=config.rows_per_batch * config.max_length,
         length=config.max_length,
         filled=1.0,
@@ -51,13 +52,19 @@ def choose_checkpointing(
         load_in_4bit=config.load_in_4bit,
         dtype_bytes=dtype.itemsize,
     )
-    available = _memory_gib(device) / (1 if device.type == "cuda" else world_size)
+    available = _memory_gib(engine.device) / (1 if engine.device.type == "cuda" else engine.world_size)
+
+    def whole(activations: Activations) -> Activations:
+        if attention.implementation != "eager":
+            return activations
+        return activations.with_scores(cost, config.max_length, dtype.itemsize)
+
     # More than any layer saves; only where this might not fit is it worth a closer look.
-    bound = Activations(layer=48.0 * cost.widest_linear * dtype.itemsize, around=0.0)
+    bound = whole(Activations(layer=48.0 * cost.widest_linear * dtype.itemsize, around=0.0))
     if fits(cost, bound, setting, ROOMY * available):
         return Checkpointing(False, "there is room")
     outline = load_base_outline(config.base_model, dtype, OUTLINE)
-    peak = memory(cost, measure_activations(outline, adapter), setting).total / GIB
+    peak = memory(cost, whole(measure_activations(outline, adapter)), setting).total / GIB
     reason = f"a step without it would take about {peak:.0f} GiB of {available:.0f}"
     return Checkpointing(peak > ROOMY * available, reason)
 

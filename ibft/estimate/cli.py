@@ -53,6 +53,9 @@ class EstimateConfig:
     lora_dropout: float = flag(_MODEL, 0.05, "needs memory for its masks", BELOW_1)
     lora_target_modules: list[str] = flag(_MODEL, ["all-linear"], "module names, or all-linear")  # noqa: RUF009
     load_in_4bit: bool = flag(_MODEL, False, "linear layers in 4 bits")
+    attn_implementation: Literal["auto", "eager"] = flag(
+        _MODEL, "auto", "auto: one that keeps no scores; eager keeps those of all pairs of tokens in a row"
+    )
 
     max_length: int = flag(_STEP, 2048, "tokens in a row", AT_LEAST_2)
     tokens_per_batch: int | None = flag(_STEP, None, "of one GPU's micro-batch; 2 rows if not given", AT_LEAST_1)
@@ -151,7 +154,10 @@ def cost_of(config: EstimateConfig) -> tuple[ModelCost, Activations]:
         raise
     except ValueError as error:  # PEFT's
         raise InputError(f"the adapter does not fit the base model: {error}") from error
-    return ModelCost.of(model), measure_activations(other, adapter)
+    cost, activations = ModelCost.of(model), measure_activations(other, adapter)
+    if config.attn_implementation == "eager":
+        activations = activations.with_scores(cost, config.max_length, config.setting.dtype_bytes)
+    return cost, activations
 
 
 def report(config: EstimateConfig, cost: ModelCost, activations: Activations) -> str:

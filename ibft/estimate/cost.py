@@ -48,6 +48,8 @@ class ModelCost:
     adapter_linear: int  # of those, in matrices
     bottleneck_parameters: int
     attention_width: int  # of the queries of all heads of a layer
+    attention_heads: int
+    attention_softcap: bool  # whether the scores have one
     windows: tuple[int | None, ...]  # of every layer's attention; None: the whole document
     ib: IBConfig | None
 
@@ -82,6 +84,8 @@ class ModelCost:
             adapter_linear=sum(inputs * outputs for inputs, outputs in trained),
             bottleneck_parameters=bottleneck,
             attention_width=width,
+            attention_heads=heads,
+            attention_softcap=bool(getattr(config, "attn_logit_softcapping", None)),
             windows=_windows(config, parts.num_layers),
             ib=model.ib_config,
         )

@@ -131,7 +131,7 @@ def _of_run(run: dict[str, Any]) -> float:
     adapters = [LoraConfig(task_type="CAUSAL_LM", **{name: run["adapter"][name] for name in names}) for _ in range(2)]
     cost = ModelCost.of(IBModel.from_base(bases[0], adapters[0], None if run["ib"] is None else IBConfig(**run["ib"])))
     setting = Setting(
-        engine="fsdp2" if config.chosen_engine == "fsdp2" else "ddp",
+        engine=run.get("engine_kind", "ddp"),
         gpus=run["processes"],
         tokens=config.rows_per_batch * config.max_length,
         length=config.max_length,
@@ -142,5 +142,8 @@ def _of_run(run: dict[str, Any]) -> float:
         load_in_4bit=config.load_in_4bit,
         dtype_bytes=dtype.itemsize,
     )
-    found = memory(cost, measure_activations(bases[1], adapters[1]), setting)
+    activations = measure_activations(bases[1], adapters[1])
+    if run["attention"] == "eager":
+        activations = activations.with_scores(cost, config.max_length, dtype.itemsize)
+    found = memory(cost, activations, setting)
     return found.total - found.reserved

@@ -2,17 +2,27 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from ibft.engines.base import Kind
 from ibft.estimate.activations import Activations
 from ibft.estimate.cost import Flops, ModelCost
 from ibft.estimate.devices import NETWORK, Device
 from ibkernels import absorbs
 
-Engine = Literal["ddp", "fsdp2", "zero2", "zero3"]
 SHARDS_WEIGHTS = ("fsdp2", "zero3")
+# Numbers that are kept of a trained parameter, on every GPU and spread over them: its value, gradient and two moments.
+# DeepSpeed also keeps a copy of the value, spread, which the optimizer steps, and on every GPU the buffer in which
+# gradients are reduced, as large as they are.
+_KEPT: dict[Kind, tuple[int, int]] = {
+    "ddp": (4, 0),
+    "fsdp2": (0, 4),
+    "zero1": (3, 3),
+    "zero2": (2, 4),
+    "zero3": (1, 5),
+}
 
 GIB = 2**30
 _FLOAT32 = 4
@@ -32,7 +42,7 @@ _LATENCY = 20e-6  # seconds of a collective, for each doubling of the GPUs
 class Setting:
     """How a model is trained."""
 
-    engine: Engine
+    engine: Kind
     gpus: int
     tokens: int  # positions of one micro-batch of one GPU
     length: int  # of a document
@@ -54,7 +64,7 @@ class Memory(NamedTuple):
 
     weights: float  # the base model's, or the shard of them
     gathered: float  # of other GPUs' shards, while a layer runs
-    adapter: float  # adapter and bottleneck with gradients and AdamW's moments
+    adapter: float  # adapter and bottleneck with gradients, AdamW's moments and DeepSpeed's copies
     activations: float
     workspace: float  # of the loss or of backward, whichever is larger; of a layer that is computed again, too
     reserved: float
@@ -86,24 +96,22 @@ class Time(NamedTuple):
 def memory(cost: ModelCost, activations: Activations, setting: Setting) -> Memory:
     """The peak of a step.
 
-    Weights as they are loaded; adapter and bottleneck float32 with gradient and two moments, 16 bytes each, of which
-    ZeRO-2 shards all but the weights and FSDP2 and ZeRO-3 everything. Without checkpointing every layer's saved tensors
-    are there when the loss is computed and backward begins. With it only every layer's input is, and in backward all of
-    one layer.
+    Weights as they are loaded; adapter and bottleneck float32 with gradient and two moments, 16 bytes each, and what
+    DeepSpeed adds, sharded as `_KEPT` has it. Without checkpointing every layer's saved tensors are there when the loss
+    is computed and backward begins. With it only every layer's input is, and in backward all of one layer.
     """
     size, tokens, shards = setting.dtype_bytes, setting.tokens, setting.gpus
     linear = cost.linear_parameters * (_NF4 if setting.load_in_4bit else size)
     weights = linear + (cost.num_parameters - cost.linear_parameters) * size
     gathered = 0.0
-    adapter = 4.0 * _FLOAT32 * cost.trainable
+    everywhere, spread = _KEPT[setting.engine]
+    adapter = _FLOAT32 * cost.trainable * (everywhere + spread / shards)
     if setting.engine in SHARDS_WEIGHTS and shards > 1:
         block = (cost.num_parameters - cost.root_parameters) / cost.num_layers
         # FSDP2: embeddings and head for the whole step, the layer at work and the next. ZeRO-3: a fixed budget.
         live = cost.root_parameters + 2 * block if setting.engine == "fsdp2" else min(_ZERO3_LIVE, cost.num_parameters)
         gathered = live * size * (1 - 1 / shards)
-        weights, adapter = weights / shards, adapter / shards
-    elif setting.engine == "zero2":
-        adapter = _FLOAT32 * cost.trainable * (1 + 3 / shards)
+        weights /= shards
     layer, backward = activations.layer * tokens, 3.0 * cost.widest_linear * size * tokens
     saved = layer * cost.num_layers + activations.around * tokens
     if setting.checkpointing:

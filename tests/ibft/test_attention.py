@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -14,12 +15,12 @@ import torch.nn.functional as F
 from oracle import KINDS, VOCABULARY, assert_same_gradients, tiny_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, LlamaConfig, PreTrainedModel
+from transformers import AttentionInterface, AutoConfig, LlamaConfig, PreTrainedModel
 
 import ibft.attention
 from ibft import InputError
 from ibft.architecture import CausalLM
-from ibft.attention import VARLEN, Attention, select_attention, varlen_attention
+from ibft.attention import REGISTERED, VARLEN, Attention, select_attention, varlen_attention
 from ibft.cli import main
 from ibft.data import collate, document_lengths
 from ibft.data.encoded import Document
@@ -44,15 +45,27 @@ def varlen_kernel(
     """torch.nn.attention.varlen.varlen_attn, softmax by softmax after its documentation: the CPU has no kernel."""
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and cu_seq_q.shape == cu_seq_k.shape
     assert query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
+    assert window_size[1] in (0, -1) and enable_gqa == (query.shape[1] > key.shape[1])
+    assert cu_seq_q.diff().max() == max_q == max_k
+    return by_softmax(query, key, value, cu_seq_q.diff().tolist(), scale, window_size)
+
+
+def by_softmax(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: list[int],
+    scale: float | None,
+    window_size: tuple[int, int],
+    softcap: float = 0.0,
+) -> Tensor:
     groups, (left, right) = query.shape[1] // key.shape[1], window_size
-    assert right in (0, -1) and enable_gqa == (groups > 1)
     outputs = []
-    lengths = cu_seq_q.diff().tolist()
-    assert max(lengths) == max_q == max_k
     for q, k, v in zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True):
         heads = []
         for head in range(query.shape[1]):
             scores = q[:, head] @ k[:, head // groups].T * (scale or 1 / math.sqrt(q.shape[-1]))
+            scores = softcap * torch.tanh(scores / softcap) if softcap else scores
             distance = torch.arange(len(q))[:, None] - torch.arange(len(q))
             seen = ((distance >= 0) | (right < 0)) & ((distance <= left) | (left < 0))
             heads.append(scores.masked_fill(~seen, -math.inf).softmax(-1) @ v[:, head // groups])
@@ -66,14 +79,77 @@ def varlen_kernel_without_groups(*arguments: Any, scale: Any = None, window_size
     return varlen_kernel(*arguments, scale=scale, window_size=window_size)
 
 
+def flash_attn_2(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: Tensor | None = None,
+) -> Tensor:
+    """flash_attn.flash_attn_varlen_func, after its documentation."""
+    assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32 and type(max_seqlen_q) is type(max_seqlen_k) is int
+    assert q.shape[-1] == k.shape[-1] == v.shape[-1] and cu_seqlens_q.diff().max() == max_seqlen_q
+    span = (window_size[0], 0) if causal else window_size
+    return by_softmax(q, k, v, cu_seqlens_q.diff().tolist(), softmax_scale, span, softcap)
+
+
+def flash_attn_3(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    qv: Tensor | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    num_splits: int = 1,
+    deterministic: bool = False,
+    sm_margin: int = 0,
+) -> tuple[Tensor, None]:
+    """flash_attn_interface.flash_attn_varlen_func; its early versions gave the log-sum-exp too."""
+    output = flash_attn_2(
+        *(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=window_size,
+        softcap=softcap,
+    )
+    return output, None
+
+
+def on_a_gpu_alone(*arguments: Any, **options: Any) -> Tensor:
+    """flash-attn for tensors of the CPU."""
+    raise RuntimeError("FlashAttention only supports CUDA tensors")
+
+
 KERNELS = {"kernel": varlen_kernel, "kernel of torch 2.11": varlen_kernel_without_groups}
-BACKENDS = ["sdpa", "eager", "by document", *KERNELS]
+PACKAGES = {"flash_attention_2": flash_attn_2, "flash_attention_3": flash_attn_3, "flash-attn on a CPU": on_a_gpu_alone}
+BACKENDS = ["sdpa", "eager", "by document", *KERNELS, *PACKAGES]
 # Gemma 2's scores have a softcap, for which sdpa and varlen are refused: test_a_softcap_goes_to_what_has_one.
 PAIRS = [
     (kind, backend)
     for kind in KINDS
     for backend in BACKENDS
-    if kind in ("gpt2-tied", kind.removesuffix("-tied")) and (backend == "eager" or not kind.startswith("gemma2"))
+    if kind in ("gpt2-tied", kind.removesuffix("-tied"))
+    and (backend in ("eager", *PACKAGES) or not kind.startswith("gemma2"))
 ]
 
 
@@ -83,7 +159,24 @@ def use(backend: str, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(ibft.attention, "varlen_attn", KERNELS[backend])
         monkeypatch.setattr(ibft.attention, "_KERNEL_TAKES_GROUPS", backend == "kernel")
         monkeypatch.setattr(ibft.attention, "_by_document", ibft.attention._by_kernel)
+    if backend in PACKAGES:
+        name = "flash_attention_2" if backend == "flash-attn on a CPU" else backend
+        model.set_attn_implementation(registered(name, PACKAGES[backend], monkeypatch, gpu=name == backend))
+        return
     model.set_attn_implementation(backend if backend in ("sdpa", "eager") else VARLEN)
+
+
+def registered(name: str, function: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, gpu: bool = True) -> str:
+    """The name under which transformers finds a flash-attn whose kernel is this function; gpu: called as on one."""
+    module: Any = ModuleType(ibft.attention.FLASH[name])
+    module.flash_attn_varlen_func = function
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(AttentionInterface._global_mapping, REGISTERED[name], None)
+    implementation = ibft.attention._registered(name)
+    if gpu:
+        call = AttentionInterface._global_mapping[implementation]
+        monkeypatch.setitem(AttentionInterface._global_mapping, implementation, partial(call, by_kernel=True))
+    return implementation
 
 
 def packed_batch(rows: list[list[int]] = ROWS) -> tuple[list[list[Document]], dict[str, Any]]:
@@ -189,13 +282,17 @@ class _Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_no_layer_asks_the_device_for_a_length(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["varlen", "flash_attention_2", "flash_attention_3"])
+def test_no_layer_asks_the_device_for_a_length(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does transformers, which looks at position_ids once per mask for an attention that it knows."""
     model, (_, batch) = tiny_model("mistral"), packed_batch()
     bounds: list[Tensor] = []
 
     def opaque(query: Tensor, *arguments: Any, enable_gqa: bool = False, **options: Any) -> Tensor:
-        bounds.extend(arguments[2:4])
-        assert all(isinstance(length, int) for length in arguments[4:6])
+        given = dict(zip(("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"), arguments[2:], strict=False))
+        given |= options
+        bounds.extend((given["cu_seqlens_q"], given["cu_seqlens_k"]))
+        assert type(given["max_seqlen_q"]) is type(given["max_seqlen_k"]) is int
         return query
 
     def waits(backend: str) -> int:
@@ -205,17 +302,24 @@ def test_no_layer_asks_the_device_for_a_length(monkeypatch: pytest.MonkeyPatch) 
         return mode.count
 
     assert waits("sdpa") > 0  # transformers looks at position_ids, once
-    monkeypatch.setattr(ibft.attention, "varlen_attn", opaque)
-    monkeypatch.setattr(ibft.attention, "_by_document", ibft.attention._by_kernel)
-    assert waits(VARLEN) == 0
+    if kind == "varlen":
+        monkeypatch.setattr(ibft.attention, "varlen_attn", opaque)
+        monkeypatch.setattr(ibft.attention, "_by_document", ibft.attention._by_kernel)
+        assert waits(VARLEN) == 0
+    else:
+        assert waits(registered(kind, opaque, monkeypatch)) == 0
     assert len(bounds) == 6 and all(tensor is batch["cu_seq_lens_q"] for tensor in bounds)
 
 
-def test_the_kernel_leaves_a_compiled_layer_in_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["varlen", "flash_attention_2"])
+def test_the_kernel_leaves_a_compiled_layer_in_one_graph(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, (_, batch) = tiny_model("mistral"), packed_batch()
-    monkeypatch.setattr(ibft.attention, "varlen_attn", lambda query, *_, **__: query)
-    monkeypatch.setattr(ibft.attention, "_by_document", ibft.attention._by_kernel)
-    model.set_attn_implementation(VARLEN)
+    if kind == "varlen":
+        monkeypatch.setattr(ibft.attention, "varlen_attn", lambda query, *_, **__: query)
+        monkeypatch.setattr(ibft.attention, "_by_document", ibft.attention._by_kernel)
+        model.set_attn_implementation(VARLEN)
+    else:
+        model.set_attn_implementation(registered(kind, lambda query, *_, **__: query, monkeypatch))
     expected = decode(model, batch)
     for layer in CausalLM.of(model).layers:
         layer.forward = torch.compile(layer.forward, fullgraph=True, backend="eager")  # raises where it would break
@@ -236,6 +340,34 @@ def test_runs_with_every_attention_learn_the_same(base_folder: Path, tasks_file:
         for name in ("sdpa", "eager"):
             assert found[packing, name] == pytest.approx(found[packing, "varlen"], rel=1e-5)
     assert found["none", "varlen"][0] != found["best-fit", "varlen"][0]  # other documents share a step
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_a_trained_model_is_left_with_an_attention_for_anything(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(kind)
+    chosen = Attention(registered("flash_attention_2", on_a_gpu_alone, monkeypatch), "installed")
+    model.set_attn_implementation(chosen.implementation)
+    chosen.leave(model)
+    assert model.config._attn_implementation == ("eager" if kind == "gemma2" else "sdpa")
+    model(input_ids=torch.tensor([[1, 2]]), attention_mask=torch.tensor([[0, 1]]))
+
+
+def test_values_that_are_narrower_than_keys_are_padded_for_flash_attn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in models with latent attention."""
+    name = registered("flash_attention_2", flash_attn_2, monkeypatch)
+    query, key, value = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 6)
+    lengths = {k: v for k, v in document_lengths([2, 3]).items() if k.endswith("q")}
+    call = AttentionInterface._global_mapping[name]
+    output, _ = call(torch.nn.Identity(), query, key, value, None, is_causal=True, **lengths)
+    expected, _ = varlen_attention(torch.nn.Identity(), query, key, value, None, is_causal=True, **lengths)
+    torch.testing.assert_close(output, expected)
+
+
+def test_queries_that_a_norm_left_in_float32_are_cast() -> None:
+    """Layer norms of queries and keys, as StableLM has them, come out of autocast so."""
+    query, key, value = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8).bfloat16()
+    output, _ = varlen_attention(torch.nn.Identity(), query, key, value, None, is_causal=True)
+    assert output.dtype == torch.bfloat16
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -317,11 +449,12 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 def test_the_order_on_a_gpu(gpu: Callable[..., None]) -> None:
     gpu((9, 0), "flash_attention_3", "flash_attention_2")
-    assert select() == ("flash_attention_3", "installed, and made for this GPU")
+    assert select() == (REGISTERED["flash_attention_3"], "installed, and made for this GPU")
+    assert select().label == "flash_attention_3" and select().takes_lengths
     gpu((8, 0), "flash_attention_3", "flash_attention_2")
-    assert select().implementation == "flash_attention_2"
+    assert select().label == "flash_attention_2"
     gpu((9, 0), "flash_attention_2")
-    assert select().implementation == "flash_attention_2"
+    assert select().label == "flash_attention_2"
     gpu((9, 0))
     assert select().implementation == VARLEN
     assert "of torch" in select().reason and "flash-attn 2 is not installed" in select().reason
@@ -384,7 +517,7 @@ def test_a_softcap_goes_to_what_has_one(gpu: Callable[..., None]) -> None:
     gemma = AutoConfig.for_model("gemma2")
     assert select(device=CPU, config=gemma).implementation == "eager"
     gpu((8, 0), "flash_attention_2")
-    assert select(config=gemma).implementation == "flash_attention_2"
+    assert select(config=gemma).label == "flash_attention_2"
     gpu((8, 0), "flash_attention_2", softcap=False)
     assert select(config=gemma).implementation == "eager"
     with pytest.raises(InputError, match=r"this flash-attn 2 has no softcap .*; eager would work here"):

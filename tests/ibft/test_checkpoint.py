@@ -3,6 +3,7 @@
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import planted
 import pytest
@@ -10,8 +11,10 @@ import torch
 from processes import Training
 from safetensors.torch import load_file
 
+import ibft.train
 from ibft.checkpoint import check_files, newest_checkpoint
 from ibft.cli import main
+from ibft.engines import Engine
 from ibft.errors import InputError
 from ibft.run_folder import checkpoints
 
@@ -125,6 +128,41 @@ def test_it_goes_on_with_other_engines_and_numbers_of_processes(
             torch.testing.assert_close(mine[key], weight, rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("engine", ["fsdp2", pytest.param("ddp", marks=pytest.mark.slow)])
+def test_saved_in_a_step_that_evaluated_it_ends_with_the_same_adapter(
+    tmp_path: Path, base_folder: Path, tasks_file: Path, engine: str
+) -> None:
+    """FSDP2's outermost group, with the bottleneck, is not sharded after an evaluation: no state of it was saved."""
+    more = f"--max_steps 6 --save_steps 2 --eval_steps 2 --validation_split 4 --lora_dropout 0.1 --engine {engine}"
+    more += " --learning_rate 1e-3 --logging_steps 1"
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    Training(command(base_folder, tasks_file, whole, more), tmp_path / "log", world_size=2).succeed()
+    training = Training(
+        command(base_folder, tasks_file, cut, more),
+        tmp_path / "log-cut",
+        world_size=2,
+        before=planted.die,
+        before_arguments=(0, 3, 0.0),
+    )
+    assert -9 in training.wait_for_one(), training.output()
+    [checkpoint] = checkpoints(cut)
+    states = torch.load(checkpoint / "state.pt")["optimizer"]
+    assert any(name.startswith("bottleneck.") for name in states)
+    assert all(set(state) == {"step", "exp_avg", "exp_avg_sq"} for state in states.values())
+    resumed = command(base_folder, tasks_file, cut, f"{more} --resume")
+    Training(resumed, tmp_path / "log-resumed", world_size=2).succeed()
+    for name in LEFT:
+        assert (whole / name).read_bytes() == (cut / name).read_bytes()
+    assert records(cut) == records(whole)
+
+
+def test_a_parameter_that_the_optimizer_does_not_hold_is_no_state_to_save() -> None:
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW([model.weight])
+    with pytest.raises(RuntimeError, match="bias of the model is not the parameter that the optimizer holds"):
+        Engine(torch.device("cpu")).optimizer_state(model, optimizer)
+
+
 @pytest.mark.parametrize(
     ("before", "after"), [((1, ""), (1, "")), ((2, ""), (2, "")), ((1, ""), (2, "--engine fsdp2"))]
 )
@@ -188,6 +226,24 @@ def interrupted(tmp_path: Path, base_folder: Path, tasks_file: Path) -> tuple[st
     training = Training(line, tmp_path / "log", before=planted.die, before_arguments=(0, 5, 0.0))
     assert training.wait() == [-9]
     return line, tmp_path / "out"
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the system does not tell what is mapped")
+def test_a_resumed_run_maps_no_file_of_its_checkpoint(
+    interrupted: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On NFS, a mapped file of a folder that is rotated away would stay there under another name."""
+    line, out = interrupted
+    mapped: list[str] = []
+    loop = ibft.train._loop
+
+    def recorded_loop(*arguments: Any) -> Any:
+        mapped.append(Path("/proc/self/maps").read_text())
+        return loop(*arguments)
+
+    monkeypatch.setattr(ibft.train, "_loop", recorded_loop)
+    assert main(["train", *line.split(), "--resume"]) == 0
+    assert len(mapped) == 1 and str(out) not in mapped[0]
 
 
 def test_rotation_counts_steps_as_numbers(tmp_path: Path, base_folder: Path, tasks_file: Path) -> None:

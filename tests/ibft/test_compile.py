@@ -13,7 +13,9 @@ import torch
 from processes import Training
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+import ibft.run
 import ibft.train
 from ibft.cli import main
 
@@ -54,6 +56,52 @@ def test_compiled_layers_take_the_same_steps_in_unbroken_graphs(
     for mine, theirs in zip(compiled, expected, strict=True):
         for term in ("loss", "ce", "kl", "ce_ib", "grad_norm", "eval_loss"):
             assert mine[term] == pytest.approx(theirs[term], abs=1e-5), term
+
+
+@pytest.fixture
+def windowed_base(base_folder: Path, tmp_path: Path) -> Path:
+    """A model of 12 layers, every other one with a window: more variants than torch compiles by itself."""
+    tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 12}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 16}
+    config = AutoConfig.for_model("gemma3_text", **sizes, sliding_window_pattern=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "windowed")
+    tokenizer.save_pretrained(tmp_path / "windowed")
+    return tmp_path / "windowed"
+
+
+WINDOWED = "--packing none --per_device_train_batch_size 3 --lora_target_modules q_proj --attn_implementation sdpa"
+
+
+def test_no_layer_of_many_runs_uncompiled(
+    train: Callable[..., list[dict[str, Any]]], windowed_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: real(function, backend="eager"))
+    torch._dynamo.reset()
+    counters.clear()
+    more = f"--base_model {windowed_base} {WINDOWED} --validation_split 4 --eval_steps 4 --max_steps 8 --compile"
+    train("compiled", more)
+    assert 8 < counters["frames"]["ok"] == counters["frames"]["total"] <= 48
+    assert torch._dynamo.config.recompile_limit == 8  # elsewhere it is as it was
+
+
+def test_layers_without_end_to_their_variants_are_an_error(
+    windowed_base: Path,
+    tasks_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: real(function, backend="eager"))
+    monkeypatch.setattr(ibft.run, "_VARIANTS", 2)
+    torch._dynamo.reset()
+    line = (
+        f"train --base_model {windowed_base} --dataset {tasks_file} --output_dir {tmp_path / 'out'} {SIZES} {WINDOWED}"
+    )
+    assert main(f"{line} --max_steps 4 --compile".split()) == 2
+    assert "--compile: the decoder's layers were compiled 2 times" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -3,6 +3,8 @@
 import importlib.util
 import itertools
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,13 +18,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ibft.config import TrainConfig
-from ibft.engines.zero_config import zero_config
+from ibft.engines.zero_config import fit_bucket, zero_config
 from ibft.errors import InputError
 from ibft.lab.tasks import generate_tasks, write_jsonl
 
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 ENGINES = ["ddp", "fsdp2", "zero2", "zero3"]
 ROWS = 9  # with 4 rows a step, the last step has one: every rank but the first is idle
+LEFT = ("adapter_model.safetensors", "ib_head.safetensors")
 STEPS = "--packing none --num_train_epochs 1 --logging_steps 1 --save_strategy no"
 SIZES = "--max_length 128 --bottleneck_dim 16 --lora_r 4 --lora_dropout 0 --alpha 1"
 
@@ -224,6 +227,70 @@ def test_processes_that_build_another_model_are_told(
     assert "do not give the model that its config.json describes" in training.output()
 
 
+@pytest.mark.parametrize(
+    ("options", "codes", "sentence"),
+    [
+        ({"dataset": ["{folder}/other.jsonl"]}, [2, 2], r"\(data is one of fingerprint \w{12}, and one of fingerprint"),
+        ({"validation_split": "3"}, [2, 2], r"\(validation_split is '3', and '2' in the main process\)"),
+        ({"save_steps": 7}, [2, 2], r"\(save_steps is 7, and 500 in the main process\); all processes must be started"),
+        ({"dataset": ["{folder}/none.jsonl"]}, [1, 2], r"(?s)another process could not go on.*none.jsonl"),
+    ],
+    ids=["other_data", "other_rows_held_out", "another_option", "data_that_is_missing"],
+)
+def test_processes_that_were_started_otherwise_are_told(
+    bases: dict[str, Path], folder: Path, tmp_path: Path, options: dict[str, Any], codes: list[int], sentence: str
+) -> None:
+    """Before anything is trained: they would wait for each other, or count other tokens in a step."""
+    write_jsonl(generate_tasks(ROWS, seed=3), folder / "other.jsonl")
+    if "dataset" in options:
+        options = {"dataset": [options["dataset"][0].format(folder=folder)]}
+    training = Training(
+        f"--base_model {bases['untied']} --dataset {folder}/rows.jsonl --output_dir {tmp_path / 'out'} --max_steps 1 "
+        f"{SIZES} --validation_split 2",
+        tmp_path / "log",
+        world_size=2,
+        before=planted.start_otherwise,
+        before_arguments=(1, options),
+    )
+    assert training.wait() == codes, training.output()
+    assert re.search(sentence, training.output()), training.output()
+    assert "Traceback" not in training.output() and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["clear_output", "Metrics.write"])
+def test_where_the_main_process_alone_fails_all_end_with_a_sentence(
+    bases: dict[str, Path], folder: Path, tmp_path: Path, name: str
+) -> None:
+    training = Training(
+        f"--base_model {bases['untied']} --dataset {folder}/rows.jsonl --output_dir {tmp_path / 'out'} --max_steps 4 "
+        f"{SIZES} --logging_steps 1",
+        tmp_path / "log",
+        world_size=2,
+        before=planted.fill_the_disk,
+        before_arguments=(name, 1 if name == "clear_output" else 2),
+    )
+    assert training.wait() == [1, 1], training.output()
+    main, other = (log.read_text() for log in training.logs)
+    assert "could not be written: No space left on device." in main
+    assert other.splitlines()[-1] == ("ibft: error (process 1): another process could not go on; its message says why.")
+    assert "Traceback" not in main + other
+
+
+def test_where_the_process_that_reads_the_weights_cannot_all_end_with_a_sentence(
+    bases: dict[str, Path], folder: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(bases["untied"], base)
+    (base / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes()[:1000])
+    training = Training(
+        f"--base_model {base} --dataset {folder}/rows.jsonl --output_dir {tmp_path / 'out'} {SIZES} --engine fsdp2",
+        tmp_path / "log",
+        world_size=2,
+    )
+    assert training.wait() == [2, 1], training.output()
+    assert "another process could not go on" in training.output() and "Traceback" not in training.output()
+
+
 def test_nothing_but_python_holds_the_process_group_when_it_is_left(
     bases: dict[str, Path], folder: Path, tmp_path: Path
 ) -> None:
@@ -261,6 +328,33 @@ def test_deepspeeds_published_file(
     assert f"{file}: bf16 is enabled: True, set to enabled: False (by --dtype" in printed
     assert f"{file}: activation_checkpointing has no effect; --gradient_checkpointing" in printed
     assert "fp16" not in printed.replace("--dtype; float16", "")
+    trained = sum(weight.numel() for file in LEFT for weight in load_file(tmp_path / "out" / file).values())
+    assert f"zero_optimization.reduce_bucket_size is 500,000,000, set to {trained:,} (by the number of" in printed
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeeds_buffer_is_as_large_as_the_gradients(
+    bases: dict[str, Path], folder: Path, tmp_path: Path, stage: int
+) -> None:
+    """And not of its default of 5e8 elements, 1.9 GiB: nothing else would tell."""
+    needs_deepspeed("zero")
+    Training(
+        f"--base_model {bases['untied']} --dataset {folder}/rows.jsonl --output_dir {tmp_path / 'out'} --max_steps 1 "
+        f"{SIZES} {flags(f'zero{stage}', folder)}",
+        tmp_path / "log",
+        world_size=1,
+        before=planted.bucket_size,
+        before_arguments=(str(tmp_path / "size"),),
+    ).succeed()
+    trained = sum(weight.numel() for file in LEFT for weight in load_file(tmp_path / "out" / file).values())
+    assert int((tmp_path / "size").read_text()) == trained
+    assert "reduce_bucket_size" not in (tmp_path / "log.0").read_text()  # the file says nothing of it
+
+
+def test_a_buffer_that_is_too_small_stays_so() -> None:
+    """It is a user's to say how often gradients are sent."""
+    config = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 5e3}}
+    assert fit_bucket(config, 20_000) == [] and config["zero_optimization"]["reduce_bucket_size"] == 5000
 
 
 def zero(tmp_path: Path, values: dict[str, Any], **options: Any) -> tuple[dict[str, Any], list[str]]:
@@ -283,16 +377,19 @@ def test_what_the_run_decides_replaces_the_files_values(tmp_path: Path) -> None:
             "fp16": {"enabled": False},
             "optimizer": {"type": "AdamW"},
             "wall_clock_breakdown": False,
+            "communication_data_type": "bf16",
         },
         per_device_train_batch_size=3,
         gradient_accumulation_steps=2,
     )
-    assert settled["zero_optimization"] == {"stage": 2, "overlap_comm": True}  # "auto" is DeepSpeed's default
+    assert settled["zero_optimization"] == {"stage": 2, "overlap_comm": True}  # "auto" is as if it were not there
+    assert settled["communication_data_type"] == "fp32"
     assert settled["train_batch_size"] == 24 and settled["gradient_clipping"] == 1.0
     assert settled["bf16"] == settled["fp16"] == {"enabled": False} and "optimizer" not in settled
-    assert len(notices) == 2
+    assert len(notices) == 3
+    assert "communication_data_type is 'bf16', set to 'fp32' (by gradients, which stay float32" in notices[1]
     assert "gradient_clipping is 0.5, set to 1.0 (by --max_grad_norm)" in notices[0]
-    assert "optimizer has no effect; --learning_rate" in notices[1]
+    assert "optimizer has no effect; --learning_rate" in notices[2]
 
 
 @pytest.mark.parametrize(
@@ -306,6 +403,20 @@ def test_what_the_run_decides_replaces_the_files_values(tmp_path: Path) -> None:
             {},
             r"zero_optimization.offload_optimizer.device is 'nvme', which is not supported; 'cpu' and 'none' are",
         ),
+        *(
+            (
+                {"zero_optimization": {"stage": 3, name: value}},
+                {},
+                f"zero_optimization.{name} is .* which changes what a",
+            )
+            for name, value in (
+                ("zero_quantized_weights", True),
+                ("zero_quantized_nontrainable_weights", True),
+                ("zero_quantized_gradients", True),
+                ("zenflow", {"topk_ratio": 0.1}),
+            )
+        ),
+        ({"zero_optimization": {"stage": 2, "compute_grad_norm": False}}, {}, "every step needs that norm"),
         ({"zero_optimization": {"stage": 1}, "curriculum_learning": {"enabled": True}}, {}, r"curriculum_learning is"),
         ({"zero_optimization": {"stage": 1}, "prescale_gradients": True}, {}, r"prescale_gradients is True, which"),
         ({"zero_optimization": {"stage": 3}}, {"compile": True}, r"--compile does not go with ZeRO stage 3"),
@@ -320,7 +431,13 @@ def test_a_file_that_asks_for_something_else_is_refused(
 
 def test_settings_that_are_off_are_no_obstacle(tmp_path: Path) -> None:
     _, notices = zero(
-        tmp_path, {"zero_optimization": {"stage": 1}, "amp": {"enabled": False}, "prescale_gradients": False}
+        tmp_path,
+        {
+            "zero_optimization": {"stage": 1, "zero_quantized_gradients": False, "zenflow": None},
+            "amp": {"enabled": False},
+            "prescale_gradients": False,
+            "communication_data_type": None,
+        },
     )
     assert notices == []
 

@@ -22,7 +22,7 @@ from oracle import (
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from ibft import IBConfig, IBModel, InputError
 from ibft.architecture import CausalLM
@@ -247,6 +247,22 @@ def test_logits_that_the_head_alone_does_not_give() -> None:
     model.__class__ = Shifted
     with pytest.raises(InputError, match="does not compute its logits as"):
         wrap(model, config())
+
+
+def test_a_model_with_flash_attn_may_be_on_the_cpu_until_a_trainer_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it cannot run."""
+
+    def on_a_gpu_alone(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("FlashAttention only supports CUDA tensors")
+
+    model = tiny_model("gemma2")
+    monkeypatch.setattr(type(model), "_check_and_adjust_attn_implementation", lambda self, name, **_: name)
+    monkeypatch.setitem(AttentionInterface._global_mapping, "flash_attention_2", on_a_gpu_alone)
+    model.set_attn_implementation("flash_attention_2")
+    wrapped = wrap(model, None)
+    assert model.config._attn_implementation == "flash_attention_2"
+    with pytest.raises(RuntimeError, match="CUDA tensors"):
+        wrapped(**random_batch())
 
 
 def test_tapped_states_without_gradient() -> None:

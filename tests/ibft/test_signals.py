@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import planted
 import pytest
@@ -23,6 +24,10 @@ LEFT = ("adapter_model.safetensors", "ib_head.safetensors")
 def line(base_folder: Path, tasks_file: Path, tmp_path: Path) -> str:
     """A training into tmp_path/out."""
     return f"--base_model {base_folder} --dataset {tasks_file} --output_dir {tmp_path / 'out'} {SIZES}"
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize(
@@ -69,6 +74,51 @@ def test_a_second_interrupt_ends_at_once(line: str, tmp_path: Path) -> None:
 def test_a_signal_in_the_last_step_changes_nothing(line: str, tmp_path: Path) -> None:
     training = Training(line, tmp_path / "log", before=planted.receive, before_arguments=(0, 8, signal.SIGTERM))
     training.succeed()
+    assert not (tmp_path / "out" / "interrupted.json").exists() and not checkpoints(tmp_path / "out")
+
+
+@pytest.mark.parametrize(("world_size", "engine"), [(1, ""), (2, "--engine fsdp2")])
+def test_a_signal_ends_an_evaluation_and_everything_is_saved(
+    line: str, tmp_path: Path, world_size: int, engine: str
+) -> None:
+    """Told to one rank alone, with the second of four batches: who stops a job does not wait for the others."""
+    line = f"{line} {engine} --packing none --per_device_train_batch_size {2 // world_size} --eval_steps 3"
+    line += " --validation_split 8 --logging_steps 100 --learning_rate 1e-3"
+    told, loaded = world_size - 1, tmp_path / "loaded"
+    training = Training(
+        line,
+        tmp_path / "log",
+        world_size=world_size,
+        before=planted.receive_in_validation,
+        before_arguments=(told, 2, signal.SIGTERM, str(loaded)),
+    )
+    assert training.wait() == [128 + signal.SIGTERM] * world_size, training.output()
+    assert loaded.read_text().split() == ["1", "2"]
+    [checkpoint] = checkpoints(tmp_path / "out")
+    assert checkpoint.name == "checkpoint-3"
+    assert [values["eval_loss"] for values in metrics(tmp_path / "out")] == [None] * 3
+
+    Training(f"{line} --resume", tmp_path / "log", world_size=world_size).succeed()
+    whole = line.replace(f"{tmp_path / 'out'}", f"{tmp_path / 'whole'}")
+    Training(whole, tmp_path / "log", world_size=world_size).succeed()
+    for name in LEFT:
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    evaluated = [values["eval_loss"] for values in metrics(tmp_path / "whole")]
+    assert [step for step, loss in enumerate(evaluated, start=1) if loss is not None] == [3, 6, 8]
+    assert [values["eval_loss"] for values in metrics(tmp_path / "out")][3:] == evaluated[3:]
+
+
+def test_a_signal_in_the_last_evaluation_ends_it_and_the_run_is_finished(line: str, tmp_path: Path) -> None:
+    loaded = tmp_path / "loaded"
+    training = Training(
+        f"{line} --packing none --validation_split 8",
+        tmp_path / "log",
+        before=planted.receive_in_validation,
+        before_arguments=(0, 1, signal.SIGTERM, str(loaded)),
+    )
+    training.succeed()
+    assert loaded.read_text().split() == ["1"]
+    assert json.loads((tmp_path / "out" / "ibft.json").read_text())["result"]["eval_loss"] is None
     assert not (tmp_path / "out" / "interrupted.json").exists() and not checkpoints(tmp_path / "out")
 
 

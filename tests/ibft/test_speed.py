@@ -90,11 +90,8 @@ def test_evaluating_and_saving_are_not_the_speed_of_training(monkeypatch: pytest
 
     class Run:
         class engine:
-            device, world_size = torch.device("cpu"), 2
+            device, world_size, is_main = torch.device("cpu"), 2, True
             highest = staticmethod(lambda value: value)
-
-        class plan:
-            positions = staticmethod(lambda step: 20)
 
         class cost:
             pairs = staticmethod(lambda lengths: [])
@@ -104,7 +101,7 @@ def test_evaluating_and_saving_are_not_the_speed_of_training(monkeypatch: pytest
         peak = Peak(1.0, "test")
 
     class Record:
-        step, num_tokens, num_labels, documents = 1, 10, 5, np.array([0])
+        step, num_tokens, num_labels, positions, documents = 1, 10, 5, 20, np.array([0])
 
     meter = Speedometer(Run)  # type: ignore[arg-type]
     for _ in range(2):
@@ -118,6 +115,24 @@ def test_evaluating_and_saving_are_not_the_speed_of_training(monkeypatch: pytest
         assert values["flops"] == 4e12 and values["mfu"] == 0.5  # of two processes' TFLOP/s, for four seconds
         clock[0] += 60
         meter.restart()
+
+
+def test_what_only_the_main_process_writes_only_it_counts() -> None:
+    engine = SimpleNamespace(device=torch.device("cpu"), is_main=False, highest=lambda value: value)
+    run = SimpleNamespace(engine=engine)
+    assert Speedometer(run).read([object(), object()]) == [{}, {}]  # type: ignore[arg-type, list-item]
+
+
+def test_the_dataset_is_packed_once_an_epoch(
+    run: Callable[..., list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a logging window over every boundary, and evaluations, which ask how long an epoch is."""
+    packed: list[tuple[int, int]] = []
+    real = BatchPlan._pack
+    monkeypatch.setattr(BatchPlan, "_pack", lambda plan, epoch: packed.append((id(plan), epoch)) or real(plan, epoch))
+    records = run("--validation_split 4 --packing none --num_train_epochs 3 --max_steps -1 --logging_steps 7")
+    assert records[-1]["epoch"] == 2 and len({plan for plan, _ in packed}) == 2
+    assert len(packed) == len(set(packed)) == 4
 
 
 @pytest.mark.parametrize("packing", ["best-fit", "none"])

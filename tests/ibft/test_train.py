@@ -240,6 +240,11 @@ def test_another_trainers_checkpoint_is_left_alone(
     assert "there is no checkpoint" in capsys.readouterr().err
     assert run("out", "--overwrite") == 0
     assert (tmp_path / "out" / "checkpoint-5").is_dir()
+    (tmp_path / "out" / "checkpoint-2" / "global_step2").mkdir(parents=True)
+    for more in ("--overwrite --save_steps 2", "--overwrite --dry_run"):
+        assert run("out", more) == 2
+        assert "out/checkpoint-2 is in the way of the checkpoint after step 2" in capsys.readouterr().err
+    assert (tmp_path / "out" / "checkpoint-2" / "global_step2").is_dir()
 
 
 def test_a_model_that_does_not_keep_packed_documents_apart(

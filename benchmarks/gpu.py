@@ -163,10 +163,13 @@ def environment() -> dict[str, Any]:
             "l2_bytes": properties.L2_cache_size,
             "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0],
         }
-    versions = {name: version(name) for name in ("torch", "triton", "numpy")}
+    import triton
+
+    versions = {"torch": torch.__version__, "triton": triton.__version__, "numpy": version("numpy")}
+    described = _output("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40")
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": _output("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"),
+        "commit": os.environ.get("IBFT_COMMIT") or described,  # a copy of the tree may have no .git
         "device": device,
         "autotune": os.environ.get("IBKERNELS_AUTOTUNE") == "1",
         "versions": {

@@ -55,27 +55,35 @@ class Kernel(NamedTuple):
     types: dict[str, str]
     flags: dict[str, Any]
     widths: tuple[int, ...]  # one for every row of the table of configurations
+    variants: dict[str, dict[str, Any]]  # other flags that calls have, by name
     multiplies: bool = True
-    float32: str = "ieee"  # precision of its float32 products
 
 
-_BOTTLENECK = {"rng": "*i64", "rows": "*i64", "logvar_min": "fp32", "logvar_max": "fp32"}
-_SIZES = dict.fromkeys(("N", "H", "K", "R", "V", "D", "stride_n", "rows_per_split", "columns_per_split"), "i32")
+_BOTTLENECK = {"rng": "*i64", "rows": "*i64", **dict.fromkeys(("kl_scale", "logvar_min", "logvar_max"), "fp32")}
+_SIZES = dict.fromkeys(
+    ("N", "H", "K", "R", "V", "D", "stride", "stride_n", "rows_per_split", "columns_per_split"), "i32"
+)
 _NOISE = {"SAMPLE": True, "HAS_ROWS": True}
 _BACKWARD = {"HAS_Z": True, "HAS_KL": True, **_NOISE}
 _LORA_BACKWARD = {
-    **{"grad_z": "*T", "grad_kl": "*fp32", "t": "*T", "lora_b": "*T", "bias": "*fp32", "kl_scale": "fp32"},
+    **{"grad_z": "*T", "grad_kl": "*fp32", "t": "*T", "lora_b": "*T", "bias": "*fp32"},
     **{**_BOTTLENECK, **_SIZES},
 }
 _HEAD = {
     **{"x": "*T", "weight": "*T", "bias": "*fp32", "labels": "*i64", "upstream": "*fp32", "losses": "*fp32"},
     **dict.fromkeys(("peak", "total", "pull", "lse", "peaks", "factors", "entropy"), "*fp32"),
-    **{"correct": "*i1", "ignore_index": "i32", "S": "i32"},
+    **dict.fromkeys(("logit_sum", "weighted_sum", "weight_sum"), "*fp32"),
+    **{"best": "*i32", "correct": "*i1", "ignore_index": "i32", "S": "i32"},
     **dict.fromkeys(("label_smoothing", "z_loss", "softcap", "logit_scale"), "fp32"),
     **_SIZES,
 }
-_PLAIN_HEAD = {"HAS_BIAS": True, "SOFTCAP": False}
-_WITH_GRADIENT = {**_PLAIN_HEAD, "SMOOTH": False, "STATS": False, "PULL": True}
+_PLAIN_HEAD = {"HAS_BIAS": True, "SMOOTH": False}
+_WITH_GRADIENT = {**_PLAIN_HEAD, "STATS": False, "PULL": True}
+_SUMS = {"without a bias": {"HAS_BIAS": False}, "evaluation": {"PULL": False}}
+_OPTIONS = {"every option": {"SMOOTH": True}}
+# `odd`: sizes that are no multiple of 16, which loads of whole vectors ask for; those of the others are.
+_RAGGED = {"ragged H": {"EVEN_H": False}}
+_ODD_RANK = {"odd R": {"odd": ("R",)}}
 
 KERNELS = {
     "bottleneck_linear_fwd": Kernel(
@@ -86,15 +94,15 @@ KERNELS = {
         | _SIZES,
         {"HAS_BIAS": True, **_NOISE, "SAVE": True, "EVEN_H": True},
         (64, 256),
+        _RAGGED,
     ),
     "bottleneck_linear_bwd": Kernel(
         "bottleneck_linear",
         "bottleneck_linear_bwd_kernel",
-        {"grad_z": "*T", "grad_kl": "*fp32", "mu": "*T", "raw_logvar": "*fp32", "grad": "*T", "kl_scale": "fp32"}
-        | _BOTTLENECK
-        | _SIZES,
+        {"grad_z": "*T", "grad_kl": "*fp32", "mu": "*T", "raw_logvar": "*fp32", "grad": "*T"} | _BOTTLENECK | _SIZES,
         _BACKWARD,
         (256,),
+        {},
         multiplies=False,
     ),
     "bottleneck_lora_fwd": Kernel(
@@ -105,6 +113,7 @@ KERNELS = {
         | _SIZES,
         {"HAS_BIAS": True, **_NOISE, "SAVE": True, "EVEN_H": True},
         (32, 64, 128),
+        {**_RAGGED, **_ODD_RANK},
     ),
     "bottleneck_lora_bwd_t": Kernel(
         "bottleneck_lora",
@@ -112,6 +121,7 @@ KERNELS = {
         {**_LORA_BACKWARD, "grad_t": "*T"},
         {"HAS_BIAS": True, **_BACKWARD},
         (32, 64, 128),
+        _ODD_RANK,
     ),
     "bottleneck_lora_bwd_b": Kernel(
         "bottleneck_lora",
@@ -119,16 +129,26 @@ KERNELS = {
         {**_LORA_BACKWARD, "grad_b": "*fp32", "grad_bias": "*fp32"},
         {"HAS_BIAS": True, **_BACKWARD},
         (32, 64, 128),
+        _ODD_RANK,
     ),
     "cross_entropy_fwd": Kernel(
-        "cross_entropy", "cross_entropy_fwd_kernel", _HEAD, _WITH_GRADIENT, (64, 128, 256, 512), float32="tf32"
+        "cross_entropy", "cross_entropy_fwd_kernel", _HEAD, _WITH_GRADIENT, (64, 128, 256, 512), _SUMS
+    ),
+    "cross_entropy_fwd_stats": Kernel(
+        "cross_entropy",
+        "cross_entropy_fwd_kernel",
+        _HEAD,
+        {**_WITH_GRADIENT, "STATS": True},
+        (64, 128, 256, 512),
+        {**_SUMS, **_OPTIONS},
     ),
     "cross_entropy_finish": Kernel(
         "cross_entropy",
         "cross_entropy_finish_kernel",
         {**_HEAD, "grad_x": "*T"},
-        _WITH_GRADIENT,
+        {**_WITH_GRADIENT, "STATS": True},
         (256, 512),
+        {**_SUMS, **_OPTIONS},
         multiplies=False,
     ),
     "cross_entropy_bwd_weight": Kernel(
@@ -137,19 +157,29 @@ KERNELS = {
         {**_HEAD, "grad_weight": "*fp32", "grad_bias": "*fp32"},
         {**_PLAIN_HEAD, "NEEDS_BIAS": True},
         (64, 128, 256, 512),
-        float32="tf32",
+        {"without a bias": {"HAS_BIAS": False, "NEEDS_BIAS": False}, **_OPTIONS},
     ),
     "softmax_grad": Kernel(
         "wide_cross_entropy",
         "softmax_grad_kernel",
         {**_HEAD, "logits": "*fp32", "grad": "*T"},
-        {"HAS_BIAS": False, "SOFTCAP": False, "SMOOTH": False, "STATS": False, "GRAD": True},
+        {"HAS_BIAS": False, "SOFTCAP": False, "SMOOTH": False, "STATS": True, "GRAD": True},
         (4096,),
+        {
+            "every option": {"HAS_BIAS": True, "SOFTCAP": True, "SMOOTH": True},
+            "evaluation": {"GRAD": False},
+            "odd V": {"odd": ("V",)},
+        },
         multiplies=False,
     ),
 }
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
-_CANONICAL = {"bottleneck_linear_fwd": 256, "cross_entropy_fwd": 256, "cross_entropy_bwd_weight": 256}
+_CANONICAL = {
+    "bottleneck_linear_fwd": 256,
+    "cross_entropy_fwd": 256,
+    "cross_entropy_fwd_stats": 256,
+    "cross_entropy_bwd_weight": 256,
+}
 
 
 class Job(NamedTuple):
@@ -159,10 +189,11 @@ class Job(NamedTuple):
     arch: str
     dtype: str
     width: int
+    variant: str = ""
 
 
 def jobs(archs: Sequence[str], canonical: bool) -> list[Job]:
-    """Every shipped configuration for the chips; `canonical`: one shape of each kernel, in bfloat16."""
+    """Every shipped configuration for the chips, in bfloat16 with other options too; `canonical`: one a kernel."""
     from ibkernels.gpu import configs
 
     found = []
@@ -170,8 +201,11 @@ def jobs(archs: Sequence[str], canonical: bool) -> list[Job]:
         for name, kernel in KERNELS.items():
             for dtype in ("bf16",) if canonical else DTYPES:
                 widths = (_CANONICAL.get(name, kernel.widths[0]),) if canonical else kernel.widths
+                variants = ("", *kernel.variants) if dtype == "bf16" and not canonical else ("",)
                 limit = configs.widest(name, DTYPES[dtype], arch)
-                found += [Job(name, arch, dtype, width) for width in widths if width <= limit]
+                found += [
+                    Job(name, arch, dtype, width, variant) for width in widths if width <= limit for variant in variants
+                ]
     return found
 
 
@@ -204,10 +238,11 @@ def compiled_kernel(job: Job, config: Any) -> Any:
 
     kernel, chip = KERNELS[job.kernel], CHIPS[job.arch]
     function = getattr(importlib.import_module(f"ibkernels.gpu.{kernel.module}"), kernel.name)
+    flags = {"odd": (), **kernel.flags, **kernel.variants.get(job.variant, {})}
     constants: dict[str, Any] = {
-        **kernel.flags,
+        **flags,
         **config.blocks,
-        "PRECISION": kernel.float32 if job.dtype == "fp32" else "ieee",
+        "PRECISION": "ieee",
         **dict.fromkeys(("BD", "BR"), max(16, triton.next_power_of_2(job.width))),
     }
     names = [parameter.name for parameter in function.params]
@@ -216,7 +251,12 @@ def compiled_kernel(job: Job, config: Any) -> Any:
     }
     # An argument that neither a type nor a flag names is one that this combination of flags does not have.
     constants = {name: constants.get(name) for name in names if signature[name] == "constexpr"}
-    aligned = [i for i, name in enumerate(names) if signature[name].startswith("*") or signature[name] == "i32"]
+    aligned = [  # as at run time: N is any number
+        i
+        for i, parameter in enumerate(function.params)
+        if signature[parameter.name].startswith("*")
+        or (parameter.name in _SIZES and parameter.name not in flags["odd"] and not parameter.do_not_specialize)
+    ]
     source = ASTSource(
         fn=function,
         signature=signature,
@@ -295,12 +335,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     with ProcessPoolExecutor(arguments.processes) as pool:
         rows = list(pool.map(compile_job, jobs(arguments.arch, arguments.canonical)))
-    print(f"{'kernel':26}{'arch':8}{'dtype':6}{'width':>6}{'regs':>6}{'spill':>6}{'shared':>8}{'mma':>5}  config")
+    head = f"{'kernel':26}{'variant':16}{'arch':8}{'dtype':6}{'width':>6}{'regs':>6}{'spill':>6}{'shared':>8}{'mma':>5}"
+    print(f"{head}  config")
     for row in rows:
         config = " ".join(f"{name}={value}" for name, value in row["config"].items())
         numbers = [row.get(name, "-") for name in ("registers", "spill_bytes", "shared_bytes", "mma")]
         print(
-            f"{row['kernel']:26}{row['arch']:8}{row['dtype']:6}{row['width']:6}"
+            f"{row['kernel']:26}{row['variant']:16}{row['arch']:8}{row['dtype']:6}{row['width']:6}"
             f"{numbers[0]:>6}{numbers[1]:>6}{numbers[2]:>8}{numbers[3]:>5}  {config}"
         )
         for fault in row["faults"]:

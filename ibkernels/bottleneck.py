@@ -45,7 +45,8 @@ def variational_bottleneck(
         rows: [...] int64 row ids of the noise stream; None: 0..N-1 in order.
         logvar_range: the clamp (low, high) of logvar.
         kl_reduction: over K, "mean" (the published scale) or "sum" (nats per token).
-        backend: overrides the choice of `backends.select`.
+        backend: "triton", "cpp" or "reference", instead of the first that serves the input (`python -m ibkernels`
+            lists them).
 
     Returns:
         z [..., K] in hidden's dtype (under autocast, the autocast dtype); kl [...] in float32 (float64 for float64).

@@ -42,7 +42,11 @@ def linear_cross_entropy(
     return_stats: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, CrossEntropyStats]:
-    """Cross-entropy of softcap(logit_scale * (input weight^T) + bias) against labels.
+    """Cross-entropy of softcap(logit_scale * (input weight^T) + bias) against labels, softcap(x) = c tanh(x / c).
+
+    A token's loss is (1 - label_smoothing) * nll + label_smoothing * (mean over V of nll) + z_loss * lse^2, where lse
+    is the log-sum-exp of its logits. Label smoothing: Szegedy et al., arXiv 1512.00567; z-loss: Chowdhery et al.
+    (PaLM), arXiv 2204.02311; the soft cap as in Gemma 2, arXiv 2408.00118.
 
     Args:
         input: [N, D]; under autocast it is cast to the autocast dtype.
@@ -52,10 +56,11 @@ def linear_cross_entropy(
         reduction: "none" gives [N] (0 where ignored); "sum"; "mean" divides by the number of unignored tokens, or by
             the sum of their weights.
         num_items: replaces mean's count (a global token count, for instance); only with "mean".
-        label_smoothing, z_loss, softcap, logit_scale: see `LogitOptions`.
+        label_smoothing: in [0, 1); z_loss: not negative; softcap: positive, or None for none.
         token_weight: [N], multiplies each token's loss before the reduction; takes no gradient.
         return_stats: also return `CrossEntropyStats`.
-        backend: overrides the choice of `backends.select`.
+        backend: "triton", "cpp" or "reference", instead of the first that serves the input (`python -m ibkernels`
+            lists them).
 
     Returns:
         The loss in float32 (float64 for float64 input), 0 with zero gradients where every label is ignored; with
@@ -157,6 +162,8 @@ def absorbs(num_tokens: int, hidden_size: int, width: int) -> bool:
     """Whether absorbing the head is cheaper: from N = H·K / (H - 2K) tokens up, never for K >= H/2.
 
     Per token the full width costs 4·V·H FLOPs and the absorbed one 8·V·K, next to 4·V·H·K once for M and its gradient.
+    8 are those of kernels that compute the logits again in backward, as on a GPU; on a CPU it takes 6, so that the head
+    is cheaper absorbed from H·K / (H - 1.5K) already.
     """
     return 2 * width < hidden_size and num_tokens * (hidden_size - 2 * width) >= hidden_size * width
 
@@ -207,7 +214,11 @@ def _finish(
             weights = valid if token_weight is None else torch.where(valid, token_weight.detach(), 0)
             count = weights.sum(dtype=loss.dtype)
         # No tokens: 0 / 1, connected to the graph, instead of NaN.
-        loss = loss / (torch.where(count == 0, 1, count).to(loss) if isinstance(count, Tensor) else count or 1)
+        if isinstance(count, Tensor):
+            count = torch.where(count == 0, 1, count)
+            # On the CPU it is divided by as a number is: a copy to a GPU would make the host wait.
+            count = count.to(loss.dtype) if count.device.type == "cpu" else count.to(loss)
+        loss = loss / (count if isinstance(count, Tensor) else count or 1)
     if not return_stats:
         return loss
     return loss, CrossEntropyStats(entropy.sum(), correct.sum(), lse)

@@ -19,18 +19,19 @@ def bottleneck_forward(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `reference.bottleneck_forward`."""
-    hidden = _rows_contiguous(hidden)
-    rng, rows = _contiguous(rng), _contiguous(rows)
+    hidden, width = _rows_contiguous(hidden), (weight if lora_b is None else lora_b).shape[0] // 2
+    bias, rng, rows = (_contiguous(tensor) for tensor in (bias, rng, rows))
+    kl_scale = 1 / width if kl_mean else 1.0
     if lora_b is None:
-        z, kl, *saved = bottleneck_linear.forward(hidden, weight, bias, rng, rows, logvar_range, save)
+        z, kl, *saved = bottleneck_linear.forward(hidden, weight, bias, rng, rows, logvar_range, kl_scale, save)
     elif bottleneck_lora.holds(hidden, weight.shape[0]):
-        z, kl, t = bottleneck_lora.forward(hidden, weight, lora_b, bias, rng, rows, logvar_range, save)
+        z, kl, t = bottleneck_lora.forward(hidden, weight, lora_b, bias, rng, rows, logvar_range, kl_scale, save)
         saved = [t, kl.new_empty(0)]
     else:  # of a high rank: a linear encoder behind a library GEMM
         t = mm_float32(hidden, weight.to(hidden.dtype).T).to(hidden.dtype)
-        z, kl, *_ = bottleneck_linear.forward(t, lora_b, bias, rng, rows, logvar_range, False)
+        z, kl, *_ = bottleneck_linear.forward(t, lora_b, bias, rng, rows, logvar_range, kl_scale, False)
         saved = [t, kl.new_empty(0)]
-    return z, kl / z.shape[1] if kl_mean else kl, saved[0], saved[1]
+    return z, kl, saved[0], saved[1]
 
 
 def bottleneck_backward(
@@ -49,7 +50,7 @@ def bottleneck_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `reference.bottleneck_backward`."""
     hidden = _rows_contiguous(hidden)
-    rng, rows, grad_z, grad_kl = (_contiguous(tensor) for tensor in (rng, rows, grad_z, grad_kl))
+    bias, rng, rows, grad_z, grad_kl = (_contiguous(tensor) for tensor in (bias, rng, rows, grad_z, grad_kl))
     width = (weight if lora_b is None else lora_b).shape[0] // 2
     kl_scale = 1 / width if kl_mean else 1.0
     upstream = (grad_z, grad_kl, hidden)
@@ -64,7 +65,7 @@ def bottleneck_backward(
         )
     else:
         t = saved[0]
-        _, _, *encoded = bottleneck_linear.forward(t, lora_b, bias, None, rows, logvar_range, True)
+        _, _, *encoded = bottleneck_linear.forward(t, lora_b, bias, None, rows, logvar_range, kl_scale, True)
         grad_t, grad_b, grad_bias = bottleneck_linear.backward(
             grad_z, grad_kl, t, lora_b, bias, rng, rows, (encoded[0], encoded[1]), logvar_range, kl_scale,
             (needs[0] or needs[1], needs[2], needs[3]),

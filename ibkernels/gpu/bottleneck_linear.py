@@ -13,25 +13,26 @@ import triton.language as tl
 from torch import Tensor
 
 from ibkernels.gpu.configs import Config
-from ibkernels.gpu.launch import configured, dot_precision, float32_vector, mm_float32
+from ibkernels.gpu.launch import configured, dot_precision, mm_float32
 from ibkernels.gpu.philox import load_rng, normals, row_ids
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def bottleneck_linear_fwd_kernel(
     hidden,  # [N, H], rows stride_n apart
     weight,  # [2K, H]
-    bias,  # [2K] float32
+    bias,  # [2K], of any dtype
     rng,
     rows,
     z,  # [N, K]
     mu,  # [N, K], saved
     raw_logvar,  # [N, K] float32, saved
-    kl,  # [cdiv(K, BK), N] float32: a row's sum over a tile of columns
+    kl,  # [cdiv(K, BK), N] float32: a row's sum over a tile of columns, times kl_scale
     N,
     H,
     K,
     stride_n,
+    kl_scale,
     logvar_min,
     logvar_max,
     HAS_BIAS: tl.constexpr,
@@ -68,7 +69,7 @@ def bottleneck_linear_fwd_kernel(
             b_weight = tl.load(p_weight + h, mask=in_w[None, :] & in_h[:, None], other=0.0)
         acc = tl.dot(b_hidden, b_weight, acc, input_precision=PRECISION)
     if HAS_BIAS:
-        acc += tl.load(bias + o_w, mask=in_w, other=0.0)[None, :]
+        acc += tl.load(bias + o_w, mask=in_w, other=0.0).to(tl.float32)[None, :]
     b_mu, b_raw = tl.split(tl.permute(tl.reshape(acc, (BM, BK // 8, 2, 8)), (0, 1, 3, 2)))
     b_mu = tl.reshape(b_mu, (BM, BK))
     b_raw = tl.reshape(b_raw, (BM, BK))
@@ -77,7 +78,7 @@ def bottleneck_linear_fwd_kernel(
     std = tl.exp(0.5 * b_logvar)
     in_k = (o_k < K)[None, :]
     b_kl = tl.where(in_k, b_mu * b_mu + (tl.exp(b_logvar) - 1.0 - b_logvar), 0.0)
-    tl.store(kl + pid_k.to(tl.int64) * N + o_n, 0.5 * tl.sum(b_kl, 1), mask=in_n)
+    tl.store(kl + pid_k.to(tl.int64) * N + o_n, 0.5 * kl_scale * tl.sum(b_kl, 1), mask=in_n)
 
     mask = in_n[:, None] & in_k
     o_z = o_n.to(tl.int64)[:, None] * K + o_k[None, :]
@@ -91,7 +92,7 @@ def bottleneck_linear_fwd_kernel(
         tl.store(raw_logvar + o_z, b_raw, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def bottleneck_linear_bwd_kernel(
     grad_z,  # [N, K]
     grad_kl,  # [N] float32
@@ -150,18 +151,22 @@ def forward(
     rng: Tensor | None,
     rows: Tensor | None,
     logvar_range: tuple[float, float],
+    kl_scale: float,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """z [N, K], kl [N] summed over K, mu and raw logvar [N, K] (empty unless `save`). hidden's last stride is 1."""
+    """z [N, K], kl [N] (over K its sum times kl_scale), mu and raw logvar [N, K] (empty unless `save`).
+
+    hidden's last stride is 1.
+    """
     num_tokens, width = hidden.shape[0], weight.shape[0] // 2
     z = hidden.new_empty(num_tokens, width)
     shape = (num_tokens, width) if save else (0,)
     mu, raw_logvar = hidden.new_empty(shape), hidden.new_empty(shape, dtype=torch.float32)
-    weight, bias = weight.to(hidden.dtype).contiguous(), float32_vector(bias)
+    weight = weight.to(hidden.dtype).contiguous()
 
     def run(config: Config) -> Tensor:
         tiles = triton.cdiv(width, config.blocks["BK"])
-        kl = hidden.new_empty((tiles, num_tokens), dtype=torch.float32)
+        kl = hidden.new_empty(num_tokens if tiles == 1 else (tiles, num_tokens), dtype=torch.float32)
         bottleneck_linear_fwd_kernel[(tiles * triton.cdiv(num_tokens, config.blocks["BM"]),)](
             hidden,
             weight,
@@ -176,6 +181,7 @@ def forward(
             hidden.shape[1],
             width,
             hidden.stride(0),
+            kl_scale,
             *logvar_range,
             HAS_BIAS=bias is not None,
             SAMPLE=rng is not None,
@@ -185,7 +191,7 @@ def forward(
             PRECISION=dot_precision(hidden),
             **config.launch,
         )
-        return kl.sum(dim=0)
+        return kl if tiles == 1 else kl.sum(dim=0)
 
     kl = configured("bottleneck_linear_fwd", hidden, width, run)
     return z, kl, mu, raw_logvar

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ibkernels.gpu import configs
 from ibkernels.gpu.configs import Config
-from ibkernels.gpu.launch import configured, dot_precision, float32_vector, mm_float32
+from ibkernels.gpu.launch import configured, dot_precision, mm_float32
 from ibkernels.gpu.philox import load_rng, normals, row_ids
 
 
@@ -33,8 +33,8 @@ def _encode_tile(
     b_mu = tl.dot(b_t, b_mu_weight, input_precision=PRECISION)
     b_raw = tl.dot(b_t, b_logvar_weight, input_precision=PRECISION)
     if HAS_BIAS:
-        b_mu += tl.load(bias + o_k, mask=in_k, other=0.0)[None, :]
-        b_raw += tl.load(bias + K + o_k, mask=in_k, other=0.0)[None, :]
+        b_mu += tl.load(bias + o_k, mask=in_k, other=0.0).to(tl.float32)[None, :]
+        b_raw += tl.load(bias + K + o_k, mask=in_k, other=0.0).to(tl.float32)[None, :]
     return b_mu, b_raw, b_mu_weight, b_logvar_weight
 
 
@@ -78,22 +78,23 @@ def _grad_tile(
     return tl.where(mask, b_grad_mu, 0.0), tl.where(inside, b_grad_logvar, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def bottleneck_lora_fwd_kernel(
     hidden,  # [N, H], rows stride_n apart
     lora_a,  # [R, H]
     lora_b,  # [2K, R]
-    bias,  # [2K] float32
+    bias,  # [2K], of any dtype
     rng,
     rows,
     z,  # [N, K]
     t,  # [N, R], saved
-    kl,  # [N] float32
+    kl,  # [N] float32, the sum over K times kl_scale
     N,
     H,
     K,
     R,
     stride_n,
+    kl_scale,
     logvar_min,
     logvar_max,
     HAS_BIAS: tl.constexpr,
@@ -143,10 +144,10 @@ def bottleneck_lora_fwd_kernel(
         tl.store(
             z + o_n.to(tl.int64)[:, None] * K + o_k[None, :], b_z.to(z.dtype.element_ty), mask=in_n[:, None] & in_k
         )
-    tl.store(kl + o_n, 0.5 * b_kl, mask=in_n)
+    tl.store(kl + o_n, 0.5 * kl_scale * b_kl, mask=in_n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def bottleneck_lora_bwd_t_kernel(
     grad_z,
     grad_kl,
@@ -196,7 +197,7 @@ def bottleneck_lora_bwd_t_kernel(
     tl.store(grad_t + o_n.to(tl.int64)[:, None] * R + o_r[None, :], acc.to(grad_t.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def bottleneck_lora_bwd_b_kernel(
     grad_z,
     grad_kl,
@@ -270,15 +271,15 @@ def forward(
     rng: Tensor | None,
     rows: Tensor | None,
     logvar_range: tuple[float, float],
+    kl_scale: float,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """z [N, K], kl [N] summed over K, and t [N, R] (empty unless `save`). hidden's last stride is 1."""
+    """z [N, K], kl [N] (over K its sum times kl_scale), t [N, R] (empty unless `save`). hidden's last stride is 1."""
     num_tokens, rank, width = hidden.shape[0], lora_a.shape[0], lora_b.shape[0] // 2
     z = hidden.new_empty(num_tokens, width)
     kl = hidden.new_empty(num_tokens, dtype=torch.float32)
     t = hidden.new_empty((num_tokens, rank) if save else (0,))
     lora_a, lora_b = (factor.to(hidden.dtype).contiguous() for factor in (lora_a, lora_b))
-    bias = float32_vector(bias)
 
     def run(config: Config) -> None:
         bottleneck_lora_fwd_kernel[(triton.cdiv(num_tokens, config.blocks["BM"]),)](
@@ -296,6 +297,7 @@ def forward(
             width,
             rank,
             hidden.stride(0),
+            kl_scale,
             *logvar_range,
             HAS_BIAS=bias is not None,
             SAMPLE=rng is not None,
@@ -332,7 +334,7 @@ def backward(
         grad_kl,
         t,
         lora_b.to(hidden.dtype).contiguous(),
-        float32_vector(bias),
+        bias,
         rng,
         rows,
     )

@@ -51,21 +51,42 @@ _SHIPPED: dict[str, dict[int, list[tuple[int, dict[str, Config | None]]]]] = {
     },
     "bottleneck_lora_bwd_t": {
         2: [
-            (64, {"default": _config(4, 2, BM=64, BK=32)}),
-            (128, {"default": _config(8, 2, BM=64, BK=32), "gfx942": _config(4, 2, BM=64, BK=16)}),
+            (64, {"default": _config(4, 2, BM=64, BK=32), "sm_89": _config(8, 2, BM=64, BK=32)}),
+            (
+                128,
+                {
+                    "default": _config(8, 2, BM=64, BK=32),
+                    "sm_89": _config(8, 2, BM=32, BK=32),
+                    "gfx942": _config(4, 2, BM=64, BK=16),
+                },
+            ),
         ],
         4: [(32, {"default": _config(4, 2, BM=64, BK=32)})],
     },
     "bottleneck_lora_bwd_b": {
         2: [
-            (64, {"default": _config(4, 2, BM=64, BK=32)}),
-            (128, {"default": _config(8, 2, BM=64, BK=32), "gfx942": _config(4, 2, BM=64, BK=16)}),
+            (64, {"default": _config(4, 2, BM=64, BK=32), "sm_100": _config(8, 2, BM=64, BK=32)}),
+            (
+                128,
+                {
+                    "default": _config(8, 2, BM=64, BK=32),
+                    "sm_100": _config(8, 1, BM=64, BK=16),
+                    "gfx942": _config(4, 2, BM=64, BK=16),
+                },
+            ),
         ],
         4: [(32, {"default": _config(4, 2, BM=64, BK=32), "sm_89": _config(4, 2, BM=32, BK=32)})],
     },
     "cross_entropy_fwd": {
         2: [
-            (128, {"default": _config(8, 2, BM=128, BV=128), "gfx942": _config(8, 1, BM=128, BV=64)}),
+            (
+                128,
+                {
+                    "default": _config(8, 2, BM=128, BV=128),
+                    "sm_89": _config(8, 2, BM=128, BV=64),
+                    "gfx942": _config(8, 1, BM=128, BV=64),
+                },
+            ),
             (
                 256,
                 {
@@ -85,23 +106,40 @@ _SHIPPED: dict[str, dict[int, list[tuple[int, dict[str, Config | None]]]]] = {
                 },
             ),
         ],
-        # In TF32; wider ones leave room for 32 rows a block, and reading the weight for each costs more than logits do.
-        4: [
-            (128, {"default": _config(8, 2, BM=64, BV=64), "gfx942": _config(8, 1, BM=64, BV=32)}),
+    },
+    # The same kernel with statistics or label smoothing, which take registers.
+    "cross_entropy_fwd_stats": {
+        2: [
+            (
+                128,
+                {
+                    "default": _config(8, 2, BM=128, BV=64),
+                    "sm_90": _config(8, 2, BM=128, BV=128),
+                    "sm_100": _config(8, 2, BM=128, BV=32),
+                    "gfx942": _config(8, 1, BM=128, BV=32),
+                },
+            ),
             (
                 256,
                 {
-                    "default": _config(8, 1, BM=64, BV=32),
-                    "sm_89": _config(8, 1, BM=64, BV=16),
-                    "sm_90": _config(8, 1, BM=128, BV=16),
-                    "sm_100": _config(8, 1, BM=64, BV=64),
-                    "gfx942": _config(8, 1, BM=64, BV=16),
+                    "default": _config(8, 2, BM=64, BV=64),
+                    "sm_90": _config(8, 2, BM=128, BV=64),
+                    "gfx942": _config(8, 1, BM=64, BV=32),
+                },
+            ),
+            (
+                512,
+                {
+                    "default": _config(8, 2, BM=64, BV=16),
+                    "sm_90": _config(16, 2, BM=64, BV=32),
+                    "sm_100": None,
+                    "gfx942": _config(4, 1, BM=64, BV=32),
                 },
             ),
         ],
     },
     "cross_entropy_finish": {
-        size: [(256, {"default": _config(4, 1, BM=16)}), (512, {"default": _config(4, 1, BM=8)})] for size in (2, 4)
+        2: [(256, {"default": _config(4, 1, BM=16)}), (512, {"default": _config(4, 1, BM=8)})],
     },
     "cross_entropy_bwd_weight": {
         2: [
@@ -111,7 +149,7 @@ _SHIPPED: dict[str, dict[int, list[tuple[int, dict[str, Config | None]]]]] = {
                 {
                     "default": _config(8, 2, BM=64, BV=64),
                     "sm_90": _config(8, 2, BM=32, BV=128),
-                    "sm_100": _config(8, 2, BM=64, BV=128),
+                    "sm_100": _config(8, 2, BM=32, BV=128),
                     "gfx942": _config(8, 1, BM=16, BV=128),
                 },
             ),
@@ -121,18 +159,6 @@ _SHIPPED: dict[str, dict[int, list[tuple[int, dict[str, Config | None]]]]] = {
                     "default": _config(8, 2, BM=32, BV=64),
                     "sm_89": _config(8, 2, BM=16, BV=64),
                     "gfx942": _config(8, 1, BM=16, BV=32),
-                },
-            ),
-        ],
-        4: [
-            (128, {"default": _config(8, 1, BM=32, BV=64), "gfx942": _config(8, 1, BM=16, BV=64)}),
-            (
-                256,
-                {
-                    "default": _config(8, 1, BM=32, BV=64),
-                    "sm_89": _config(8, 1, BM=16, BV=64),
-                    "sm_90": _config(8, 1, BM=16, BV=64),
-                    "gfx942": _config(8, 1, BM=16, BV=64),
                 },
             ),
         ],
@@ -163,9 +189,9 @@ def entry(kernel: str, element_size: int, width: int) -> dict[str, Config | None
 
 
 def widest(kernel: str, element_size: int, chip_name: str) -> int:
-    """The widest that the table has a configuration for on that chip."""
-    entries = _SHIPPED[kernel][element_size]
-    return max(limit for limit, by_chip in entries if _of_chip(by_chip, chip_name) is not None)
+    """The widest that the table has a configuration for on that chip; 0 for elements of a size that it has not."""
+    entries = _SHIPPED[kernel].get(element_size, [])
+    return max((limit for limit, by_chip in entries if _of_chip(by_chip, chip_name) is not None), default=0)
 
 
 def _of_chip(by_chip: dict[str, Config | None], chip_name: str) -> Config | None:
@@ -201,10 +227,16 @@ def chip(device: torch.device) -> str:
 
 
 def splits(device: torch.device, row_blocks: int, column_blocks: int) -> int:
-    """Over how many programs to split the vocabulary of a block of rows, so that every processor has work."""
+    """Over how many programs to split the vocabulary of a block of rows: the fewest within a tenth of the best.
+
+    row_blocks * s programs of 1/s of the work each run in waves of as many as there are processors. Each split leaves
+    sums of its own in memory.
+    """
     if device.type == "cpu":
         return min(2, column_blocks)
-    return max(1, min(8, _processors(device) // max(row_blocks, 1), column_blocks))
+    processors = _processors(device)
+    times = [-(-row_blocks * s // processors) / s for s in range(1, min(8, column_blocks) + 1)]
+    return next(s for s, time in enumerate(times, 1) if time <= 1.1 * min(times))
 
 
 @functools.cache

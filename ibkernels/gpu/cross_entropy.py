@@ -6,26 +6,33 @@
     grad_weight  vocabulary-parallel, logits again: 4·N·V·D
 
 The vocabulary may be split over programs that leave partial sums; a finishing kernel puts them together in a fixed
-order, takes the target's logit apart, and applies the options. Both passes are bound by the tensor cores and, for small
+order, takes the target's row apart, and applies the options. Both passes are bound by the tensor cores and, for small
 D, by the exponentials: N·V of them a pass.
+
+In half precision and without a soft cap only. A confident token's gradient is the small difference of the sum and the
+target's row, whose exponential is then 1, which no rounding changes; times the slope of a soft cap, or the row in TF32,
+it would not be.
 """
 
 import functools
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ibkernels.gpu import configs
 from ibkernels.gpu.configs import Config
-from ibkernels.gpu.launch import configured, dot_precision
-from ibkernels.gpu.softmax import LOG2E, LOWEST, softcapped
+from ibkernels.gpu.launch import configured
+from ibkernels.gpu.softmax import LOG2E, LOWEST, RAISED
 from ibkernels.options import LogitOptions
 from ibkernels.reference.cross_entropy import CrossEntropyResult
 
+_VECTOR = 16  # elements: rows that are no multiple of it would be loaded one element at a time
 
-@triton.jit
+
+@triton.jit(do_not_specialize=["N"])
 def cross_entropy_fwd_kernel(
     x,  # [N, D]
     weight,  # [V, D]
@@ -35,19 +42,16 @@ def cross_entropy_fwd_kernel(
     logit_sum,  # [S, N], for label smoothing
     weighted_sum,  # [S, N], sum of exp(logit - peak) (logit - peak), for the entropy
     best,  # [S, N] int32, the first column of the largest logit
-    pull,  # [S, N, D] float32, sum of exp(logit - peak) slope weight_row
+    pull,  # [S, N, D] float32, sum of exp(logit - peak) weight_row
     N,
     V,
     D,
     columns_per_split,
-    softcap,
     logit_scale,
     HAS_BIAS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
     SMOOTH: tl.constexpr,
     STATS: tl.constexpr,
     PULL: tl.constexpr,
-    PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BV: tl.constexpr,
     BD: tl.constexpr,
@@ -71,11 +75,9 @@ def cross_entropy_fwd_kernel(
         b_weight = tl.load(
             weight + o_v.to(tl.int64)[:, None] * D + o_d[None, :], mask=in_v[:, None] & in_d[None, :], other=0.0
         )
-        logits = tl.dot(b_x, tl.trans(b_weight), input_precision=PRECISION) * logit_scale
+        logits = tl.dot(b_x, tl.trans(b_weight)) * logit_scale
         if HAS_BIAS:
             logits += tl.load(bias + o_v, mask=in_v, other=0.0)[None, :]
-        if SOFTCAP:
-            logits, slope = softcapped(logits, softcap)
         if SMOOTH:
             b_logit_sum += tl.sum(tl.where(in_v[None, :], logits, 0.0), 1)
         logits = tl.where(in_v[None, :], logits, float("-inf"))
@@ -85,16 +87,17 @@ def cross_entropy_fwd_kernel(
         shifted = logits - new_peak[:, None]
         exp = tl.exp2(shifted * LOG2E)
         if STATS:
-            b_best = tl.where(highest > b_peak, v + tl.argmax(logits, 1), b_best)
+            first = tl.min(tl.where(logits == highest[:, None], o_v[None, :], V), 1)
+            b_best = tl.where(highest > b_peak, first, b_best)
             # The old terms lose (new_peak - b_peak) each; nothing has been summed while the maximum is the lowest.
             lost = tl.where(b_total > 0, (b_peak - new_peak) * b_total, 0.0)
-            b_weighted = (b_weighted + lost) * decay + tl.sum(tl.where(exp > 0, exp * shifted, 0.0), 1)
+            b_weighted = (b_weighted + lost) * decay + tl.sum(exp * tl.maximum(shifted, LOWEST), 1)  # 0 log 0 = 0
         b_total = b_total * decay + tl.sum(exp, 1)
         b_peak = new_peak
         if PULL:
-            if SOFTCAP:
-                exp *= slope
-            b_pull = tl.dot(exp.to(b_weight.dtype), b_weight, b_pull * decay[:, None], input_precision=PRECISION)
+            if b_weight.dtype == tl.float16:
+                exp *= RAISED
+            b_pull = tl.dot(exp.to(b_weight.dtype), b_weight, b_pull * decay[:, None])
     o_s = split.to(tl.int64) * N + o_n
     tl.store(peak + o_s, b_peak, mask=in_n)
     tl.store(total + o_s, b_total, mask=in_n)
@@ -104,10 +107,13 @@ def cross_entropy_fwd_kernel(
         tl.store(weighted_sum + o_s, b_weighted, mask=in_n)
         tl.store(best + o_s, b_best, mask=in_n)
     if PULL:
-        tl.store(pull + o_s[:, None] * D + o_d[None, :], b_pull, mask=in_n[:, None] & in_d[None, :])
+        if x.dtype.element_ty == tl.float16:
+            b_pull /= RAISED
+        p_pull = pull + split.to(tl.int64) * N * D
+        tl.store(p_pull + o_n.to(tl.int64)[:, None] * D + o_d[None, :], b_pull, mask=in_n[:, None] & in_d[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "S"])
 def cross_entropy_finish_kernel(
     x,
     weight,
@@ -135,10 +141,8 @@ def cross_entropy_finish_kernel(
     ignore_index,
     label_smoothing,
     z_loss,
-    softcap,
     logit_scale,
     HAS_BIAS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
     SMOOTH: tl.constexpr,
     STATS: tl.constexpr,
     PULL: tl.constexpr,
@@ -159,8 +163,6 @@ def cross_entropy_finish_kernel(
     target_logit = tl.sum(b_x * b_row, 1) * logit_scale
     if HAS_BIAS:
         target_logit += tl.load(bias + target, mask=in_n, other=0.0)
-    if SOFTCAP:
-        target_logit, target_slope = softcapped(target_logit, softcap)
 
     b_peak = tl.full((BM,), LOWEST, tl.float32)
     b_best = tl.zeros((BM,), tl.int32)
@@ -203,15 +205,13 @@ def cross_entropy_finish_kernel(
     # Not exp(logit - lse), whose exponent has lost the digits that the sum of the two has not.
     factor = (1.0 + 2.0 * z_loss * b_lse) / b_total
     tl.store(peaks + o_n, b_peak, mask=in_n)
-    tl.store(factors + o_n, factor, mask=in_n)
+    tl.store(factors + o_n, g * factor, mask=in_n)
     if STATS:
         b_entropy = tl.where(valid, log_total - b_weighted / b_total, 0.0)
         tl.store(entropy + o_n, b_entropy, mask=in_n)
         tl.store(correct + o_n, (b_best.to(tl.int64) == target) & valid, mask=in_n)
     if PULL:
         b_grad = b_pull * factor[:, None]
-        if SOFTCAP:
-            b_row *= target_slope[:, None]
         b_grad -= (1.0 - label_smoothing) * b_row
         if SMOOTH:
             b_grad -= (label_smoothing / V) * tl.load(weight_sum + o_d, mask=o_d < D, other=0.0)[None, :]
@@ -220,7 +220,7 @@ def cross_entropy_finish_kernel(
         tl.store(p_grad, b_grad.to(grad_x.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def cross_entropy_bwd_weight_kernel(
     x,
     weight,
@@ -234,14 +234,11 @@ def cross_entropy_bwd_weight_kernel(
     N,
     V,
     D,
-    ignore_index,
     label_smoothing,
-    softcap,
     logit_scale,
     HAS_BIAS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
+    SMOOTH: tl.constexpr,
     NEEDS_BIAS: tl.constexpr,
-    PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BV: tl.constexpr,
     BD: tl.constexpr,
@@ -260,33 +257,36 @@ def cross_entropy_bwd_weight_kernel(
         o_n = n + tl.arange(0, BM)
         in_n = o_n < N
         b_x = tl.load(x + o_n.to(tl.int64)[:, None] * D + o_d[None, :], mask=in_n[:, None] & in_d[None, :], other=0.0)
-        label = tl.load(labels + o_n, mask=in_n, other=ignore_index)
-        # An ignored row's upstream is zero; its label must not meet a column either.
-        target = tl.where(label == ignore_index, -1, label)
+        label = tl.load(labels + o_n, mask=in_n, other=-1)
+        target = tl.where((label >= 0) & (label < V), label, -1).to(tl.int32)  # none that 32 bits do not hold
         g = tl.load(upstream + o_n, mask=in_n, other=0.0)
         b_peak = tl.load(peaks + o_n, mask=in_n, other=0.0)
         factor = tl.load(factors + o_n, mask=in_n, other=0.0)
-        logits = tl.dot(b_weight, tl.trans(b_x), input_precision=PRECISION) * logit_scale  # [BV, BM]
+        if b_x.dtype == tl.float16:
+            g *= RAISED
+            factor *= RAISED
+        logits = tl.dot(b_weight, tl.trans(b_x)) * logit_scale  # [BV, BM]
         if HAS_BIAS:
             logits += b_bias[:, None]
-        if SOFTCAP:
-            logits, slope = softcapped(logits, softcap)
-        p = tl.exp2((logits - b_peak[None, :]) * LOG2E) * factor[None, :]
-        grad = p - label_smoothing / V - tl.where(o_v[:, None] == target[None, :], 1.0 - label_smoothing, 0.0)
-        if SOFTCAP:
-            grad *= slope
+        grad = tl.exp2((logits - b_peak[None, :]) * LOG2E) * factor[None, :]
+        if SMOOTH:
+            grad -= (g * (label_smoothing / V))[None, :]
+        grad -= tl.where(o_v[:, None] == target[None, :], (g * (1.0 - label_smoothing))[None, :], 0.0)
         # A row of no weight is left out by selection: 0 times a logit's infinity would be no number.
-        grad = tl.where((g != 0)[None, :], grad * g[None, :], 0.0)
+        grad = tl.where((g != 0)[None, :], grad, 0.0)
         if NEEDS_BIAS:
             b_grad_bias += tl.sum(grad, 1)
-        acc = tl.dot(grad.to(b_x.dtype), b_x, acc, input_precision=PRECISION)
+        acc = tl.dot(grad.to(b_x.dtype), b_x, acc)
+    if x.dtype.element_ty == tl.float16:
+        acc /= RAISED
+        b_grad_bias /= RAISED
     tl.store(grad_weight + p_weight, acc * logit_scale, mask=mask_w)
     if NEEDS_BIAS:
         tl.store(grad_bias + o_v, b_grad_bias, mask=in_v)
 
 
 def narrow_cross_entropy(
-    x: Tensor,  # [N, D], contiguous
+    x: Tensor,  # [N, D] in half precision, contiguous
     weight: Tensor,  # [V, D], x's dtype, contiguous
     bias: Tensor | None,  # [V] float32
     labels: Tensor,  # int64 [N]
@@ -295,15 +295,19 @@ def narrow_cross_entropy(
     needs: tuple[bool, bool, bool],
     stats: bool,
 ) -> CrossEntropyResult:
-    """As `reference.linear_cross_entropy`, D within `configs.widest`; upstream holds validity and token weights.
-
-    Softcap and label smoothing exclude each other here.
-    """
+    """As `reference.linear_cross_entropy`, D within `configs.widest`; upstream holds validity and token weights."""
+    assert options.softcap is None and x.dtype.itemsize == 2
+    if padding := -x.shape[1] % _VECTOR:
+        x, weight = F.pad(x, (0, padding)), F.pad(weight, (0, padding))
+        result = narrow_cross_entropy(x, weight, bias, labels, upstream, options, needs, stats)
+        grad_x, grad_weight = (
+            None if gradient is None else gradient[:, :-padding].contiguous() for gradient in result[4:6]
+        )
+        return result._replace(grad_input=grad_x, grad_weight=grad_weight)
     (num_tokens, width), vocabulary = x.shape, weight.shape[0]
-    softcap, smooth = options.softcap or 1.0, options.label_smoothing > 0
-    flags = {"HAS_BIAS": bias is not None, "SOFTCAP": options.softcap is not None}
-    flags_fwd = {**flags, "SMOOTH": smooth, "STATS": stats, "PULL": needs[0]}
-    tiles = {"PRECISION": dot_precision(x), "BD": max(16, triton.next_power_of_2(width))}
+    flags = {"HAS_BIAS": bias is not None, "SMOOTH": options.label_smoothing > 0}
+    flags_fwd = {**flags, "STATS": stats, "PULL": needs[0]}
+    BD = max(16, triton.next_power_of_2(width))
 
     def sums(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, device=x.device, dtype=dtype)
@@ -312,7 +316,7 @@ def narrow_cross_entropy(
     entropy = torch.zeros_like(upstream)
     correct = torch.zeros_like(labels, dtype=torch.bool)
     grad_x = torch.empty_like(x) if needs[0] else None
-    weight_sum = weight.sum(dim=0, dtype=torch.float32) if needs[0] and smooth else None
+    weight_sum = weight.sum(dim=0, dtype=torch.float32) if needs[0] and flags["SMOOTH"] else None
 
     def forward(config: Config) -> tuple[Tensor | None, ...]:
         row_blocks, columns = triton.cdiv(num_tokens, config.blocks["BM"]), config.blocks["BV"]
@@ -322,7 +326,7 @@ def narrow_cross_entropy(
         partial = (
             sums(splits, num_tokens),
             sums(splits, num_tokens),
-            sums(splits, num_tokens) if smooth else None,
+            sums(splits, num_tokens) if flags["SMOOTH"] else None,
             sums(splits, num_tokens) if stats else None,
             sums(splits, num_tokens, dtype=torch.int32) if stats else None,
             sums(splits, num_tokens, width) if needs[0] else None,
@@ -336,10 +340,9 @@ def narrow_cross_entropy(
             vocabulary,
             width,
             blocks_per_split * columns,
-            softcap,
             options.logit_scale,
             **flags_fwd,
-            **tiles,
+            BD=BD,
             **config.launch,
         )
         return partial
@@ -368,10 +371,9 @@ def narrow_cross_entropy(
             options.ignore_index,
             options.label_smoothing,
             options.z_loss,
-            softcap,
             options.logit_scale,
             **flags_fwd,
-            BD=tiles["BD"],
+            BD=BD,
             **config.launch,
         )
 
@@ -390,18 +392,17 @@ def narrow_cross_entropy(
             num_tokens,
             vocabulary,
             width,
-            options.ignore_index,
             options.label_smoothing,
-            softcap,
             options.logit_scale,
             **flags,
             NEEDS_BIAS=needs[2],
-            **tiles,
+            BD=BD,
             **config.launch,
         )
         return grad_weight, grad_bias
 
-    partial = configured("cross_entropy_fwd", x, width, forward)
+    kernel = "cross_entropy_fwd_stats" if stats or flags["SMOOTH"] else "cross_entropy_fwd"
+    partial = configured(kernel, x, width, forward)
     configured("cross_entropy_finish", x, width, functools.partial(finish, partial))
     del partial
     grad_weight = grad_bias = None

@@ -1,20 +1,22 @@
 """`linear_cross_entropy` and `bottleneck_cross_entropy` on the GPU, under the backends' names.
 
-A narrow input runs flash-style, a wide one (and exact float32) over blocks of logits. The bottleneck's head is absorbed
-into one matrix M = W_head W_up; what that costs beyond the narrow kernels are library GEMMs.
+A narrow input runs flash-style, a wide one over blocks of logits, and so do float32 and a soft cap. The bottleneck's
+head is absorbed into one matrix M = W_head W_up; what that costs beyond the narrow kernels are library GEMMs.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ibkernels.gpu import configs
 from ibkernels.gpu.cross_entropy import narrow_cross_entropy
-from ibkernels.gpu.launch import dot_precision, float32_vector, mm_float32
+from ibkernels.gpu.launch import mm_float32
 from ibkernels.gpu.wide_cross_entropy import wide_cross_entropy
 from ibkernels.options import LogitOptions
 from ibkernels.reference.cross_entropy import BottleneckCrossEntropyResult, CrossEntropyResult
 
 _BLOCK_WORDS = 8192  # of the head, whose float32 factors are taken apart at a time
+_VECTOR = 8  # half-precision elements: fast GEMMs ask for rows of whole vectors
 
 
 def linear_cross_entropy(
@@ -30,19 +32,24 @@ def linear_cross_entropy(
     """As `reference.linear_cross_entropy`; strided arguments are copied."""
     valid = labels != options.ignore_index
     upstream = valid.float() if token_weight is None else torch.where(valid, token_weight.float(), 0)
-    # Softcap with label smoothing would need a second sum of [BM, D] beside the pull: none has the registers for it.
-    fits = _is_narrow(input) and (options.softcap is None or options.label_smoothing == 0)
-    kernel = narrow_cross_entropy if fits else wide_cross_entropy
-    return kernel(
+    # In "none" the weights are the upstream gradients, so small that float16 would lose their products: all results are
+    # in proportion to them, and come for the largest being 1.
+    unit = _scale(upstream) if token_weight is not None and input.dtype == torch.float16 else None
+    kernel = narrow_cross_entropy if _is_narrow(input, options) else wide_cross_entropy
+    result = kernel(
         input.contiguous(),
         weight.to(input.dtype).contiguous(),
-        float32_vector(bias),
+        None if bias is None else bias.float().contiguous(),
         labels.contiguous(),
-        upstream,
+        upstream if unit is None else upstream / unit,
         options,
         needs,
         stats,
     )
+    if unit is None:
+        return result
+    gradients = (None if gradient is None else gradient * unit for gradient in result[4:])
+    return CrossEntropyResult(result.losses * unit, *result[1:4], *gradients)
 
 
 def bottleneck_cross_entropy(
@@ -90,12 +97,17 @@ def _absorbed(
     grad_matrix, grad_shift = result.grad_weight, result.grad_bias
     grad_c = None if grad_shift is None or up_bias is None else options.logit_scale * grad_shift
     grad_up = grad_up_bias = grad_head = None
+    factors = []  # side by side, so that the head is read once for both
     if needs_up and grad_matrix is not None:
-        grad_up = _transposed_times(head, grad_matrix)
+        factors.append(grad_matrix)
     if needs_up_bias and grad_c is not None:
-        grad_up_bias = _transposed_times(head, grad_c[:, None])[:, 0]
+        factors.append(grad_c[:, None])
+    if factors:
+        product = _times(head.T, *factors)
+        grad_up = product[:, : up.shape[1]].contiguous() if needs_up else None
+        grad_up_bias = product[:, -1].contiguous() if needs_up_bias else None
     if needs_head and grad_matrix is not None:
-        grad_head = _times(up, grad_matrix.T).T.contiguous()
+        grad_head = _times_transposed(grad_matrix, up)
         if grad_c is not None and up_bias is not None:
             grad_head.addr_(grad_c, up_bias.float())
     return BottleneckCrossEntropyResult(
@@ -127,7 +139,7 @@ def _unabsorbed(
     grad_hidden = result.grad_input
     grad_z = grad_up = grad_up_bias = None
     if grad_hidden is not None:
-        grad_z = grad_hidden @ up if needs_z else None
+        grad_z = mm_float32(grad_hidden, up) if needs_z else None
         grad_up = mm_float32(grad_hidden.T, z) if needs_up else None
         grad_up_bias = grad_hidden.sum(dim=0, dtype=torch.float32) if needs_up_bias else None
     return BottleneckCrossEntropyResult(
@@ -135,42 +147,48 @@ def _unabsorbed(
     )
 
 
-def _is_narrow(input: Tensor) -> bool:
-    """Whether a row fits on chip. Exact float32 products have no matrix instruction: there a library GEMM is faster."""
-    if input.dtype == torch.float32 and dot_precision(input) == "ieee" and input.device.type != "cpu":
-        return False
-    return input.shape[1] <= configs.widest("cross_entropy_fwd", input.element_size(), configs.chip(input.device))
+def _is_narrow(input: Tensor, options: LogitOptions) -> bool:
+    """Whether the flash-style kernels serve it: their table has no float32, and they have no soft cap."""
+    width = configs.widest("cross_entropy_fwd", input.element_size(), configs.chip(input.device))
+    return options.softcap is None and input.shape[1] <= width
 
 
-def _times(matrix: Tensor, exact: Tensor) -> Tensor:
-    """matrix @ exact in float32, for a float32 factor that must not be rounded to the low precision of the other.
+def _times(matrix: Tensor, *factors: Tensor) -> Tensor:
+    """matrix @ [factors], in float32, for float32 factors that must not be rounded to the low precision of matrix.
 
-    It is taken apart into a high and a low half of that precision: two products, and no float32 copy of the head.
+    Each is taken apart into a high and a low half of that precision, a block of the inner dimension at a time: matrix
+    is read once, and neither a float32 copy of it nor the halves of a [V, K] factor exist whole.
     """
     if matrix.dtype == torch.float32:
-        return matrix @ exact
+        return torch.cat([matrix @ factor for factor in factors], dim=1)
+    scale = torch.cat([_scale(factor, dim=0) for factor in factors])  # of each column
+    total: Tensor | float = 0.0
+    for start in range(0, matrix.shape[1], _BLOCK_WORDS):
+        inner = slice(start, start + _BLOCK_WORDS)
+        halves = _halves(torch.cat([factor[inner] for factor in factors], dim=1) / scale, matrix.dtype)
+        total = total + mm_float32(matrix[:, inner], F.pad(halves, (0, -halves.shape[1] % _VECTOR)))
+    assert isinstance(total, Tensor)
+    columns = scale.shape[0]
+    return (total[:, :columns] + total[:, columns : 2 * columns]) * scale
+
+
+def _times_transposed(exact: Tensor, matrix: Tensor) -> Tensor:
+    """exact @ matrix^T in float32, likewise: the halves of exact follow each other in the inner dimension."""
+    if matrix.dtype == torch.float32:
+        return exact @ matrix.T
     scale = _scale(exact)
-    return scale * sum(mm_float32(matrix, half) for half in _halves(exact / scale, matrix.dtype))
+    return mm_float32(_halves(exact / scale, matrix.dtype), torch.cat([matrix, matrix], dim=1).T).mul_(scale)
 
 
-def _transposed_times(head: Tensor, exact: Tensor) -> Tensor:
-    """head^T exact, likewise; by blocks of words, so that the halves of a [V, K] factor never exist whole."""
-    if head.dtype == torch.float32:
-        return head.T @ exact
-    scale = _scale(exact)
-    total = exact.new_zeros(head.shape[1], exact.shape[1])
-    for start in range(0, head.shape[0], _BLOCK_WORDS):
-        words = slice(start, start + _BLOCK_WORDS)
-        for half in _halves(exact[words] / scale, head.dtype):
-            total += mm_float32(head[words].T, half)
-    return scale * total
+def _scale(exact: Tensor, dim: int | None = None) -> Tensor:
+    """Its largest magnitude: scaled to 1, a factor fits the range of float16."""
+    if not exact.numel():
+        return exact.new_ones(()) if dim is None else exact.new_ones(exact.shape[1])
+    low, high = exact.aminmax(dim=dim)
+    return torch.maximum(-low, high).clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def _scale(exact: Tensor) -> Tensor:
-    """Its largest value: scaled to 1, a factor fits the range of float16."""
-    return exact.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
-
-
-def _halves(exact: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _halves(exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """[high | low], of twice its width."""
     high = exact.to(dtype)
-    return high, (exact - high.float()).to(dtype)
+    return torch.cat([high, (exact - high.float()).to(dtype)], dim=1)

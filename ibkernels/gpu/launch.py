@@ -44,15 +44,10 @@ def dot_precision(tensor: Tensor) -> str:
     return "tf32" if configs.has_tf32(configs.chip(tensor.device)) else "ieee"
 
 
-def float32_vector(vector: Tensor | None) -> Tensor | None:
-    """A bias as kernels read it, its elements side by side."""
-    return None if vector is None else vector.float().contiguous()
-
-
-def mm_float32(a: Tensor, b: Tensor) -> Tensor:
+def mm_float32(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """a @ b with a float32 result, as the sums of low-precision products are; a library GEMM."""
     if a.dtype == torch.float32:
-        return a @ b
+        return torch.mm(a, b, out=out)
     if a.device.type == "cpu":  # the interpreter's; the CPU's GEMM has no such output
-        return a.float() @ b.float()
-    return torch.mm(a, b, out_dtype=torch.float32)
+        return torch.mm(a.float(), b.float(), out=out)
+    return torch.mm(a, b, out_dtype=torch.float32, out=out)

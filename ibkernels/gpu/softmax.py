@@ -4,6 +4,9 @@ import triton
 import triton.language as tl
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+# Of a float16 factor of a product, whose sum is divided by it: probabilities down to 2^-36 count, not 2^-24, and there
+# is room for z-loss, which multiplies them.
+RAISED: tl.constexpr = tl.constexpr(4096.0)
 LOWEST: tl.constexpr = tl.constexpr(-1.0e38)  # of a running maximum: -inf less itself would be no number
 
 

@@ -17,26 +17,28 @@ from torch import Tensor
 
 from ibkernels.gpu.configs import Config
 from ibkernels.gpu.launch import configured, mm_float32
-from ibkernels.gpu.softmax import LOG2E, LOWEST, softcapped
+from ibkernels.gpu.softmax import LOG2E, LOWEST, RAISED, softcapped
 from ibkernels.options import LogitOptions
 from ibkernels.reference.cross_entropy import CrossEntropyResult
 
-LOGITS_BYTES = 256 * 2**20  # of a block's float32 logits: rows enough that the GEMMs are bound by the tensor cores
+LOGITS_BYTES = 300 * 2**20  # of a block's float32 logits: 512 rows of up to 150,000 words, which fill a GPU's GEMMs
+_VECTOR = 64  # elements: rows of logits and of their gradient begin at multiples of it, as fast GEMMs ask
 _WEIGHT_ROWS = 8192  # of the head's gradient that are added to at a time
 
 
 @triton.jit
 def softmax_grad_kernel(
-    logits,  # [n, V] float32: x W^T, and afterwards untouched
+    logits,  # [n, V] float32, rows `stride` apart: x W^T, and afterwards untouched
     bias,  # [V] float32
     labels,  # [n] int64
     upstream,  # [n] float32
-    grad,  # [n, V] in the compute dtype
+    grad,  # [n, V] in the compute dtype, rows `stride` apart; in float16 times RAISED
     losses,
     lse,
     entropy,
     correct,
     V,
+    stride,
     ignore_index,
     label_smoothing,
     z_loss,
@@ -50,7 +52,7 @@ def softmax_grad_kernel(
     BV: tl.constexpr,
 ):
     n = tl.program_id(0).to(tl.int64)
-    p_logits = logits + n * V
+    p_logits = logits + n * stride
     label = tl.load(labels + n)
     valid = label != ignore_index
     # A label outside the vocabulary reads nothing and makes its loss NaN: no error can be raised without a wait.
@@ -70,11 +72,12 @@ def softmax_grad_kernel(
     for v in range(0, V, BV):
         o_v = v + tl.arange(0, BV)
         in_v = o_v < V
-        b_logits = tl.load(p_logits + o_v, mask=in_v, other=0.0) * logit_scale
+        # What pads a row is read too, and not used: whole vectors, whatever V is.
+        b_logits = tl.load(p_logits + o_v, mask=o_v < stride, other=0.0) * logit_scale
         if HAS_BIAS:
             b_logits += tl.load(bias + o_v, mask=in_v, other=0.0)
         if SOFTCAP:
-            b_logits, _ = softcapped(b_logits, softcap)
+            b_logits, slope = softcapped(b_logits, softcap)
         if SMOOTH:
             b_logit_sum += tl.where(in_v, b_logits, 0.0)
         b_logits = tl.where(in_v, b_logits, float("-inf"))
@@ -108,23 +111,28 @@ def softmax_grad_kernel(
         first = tl.min(tl.where(b_peak == peak, b_best, V), 0)
         tl.store(correct + n, (first == target) & valid)
     if GRAD:
+        if grad.dtype.element_ty == tl.float16:
+            g *= RAISED
         # exp(logit - peak) / total: exp(logit - lse) has lost digits to the sum of the two.
-        factor = (1.0 + 2.0 * z_loss * row_lse) / total
+        factor = g * (1.0 + 2.0 * z_loss * row_lse) / total
+        column = target.to(tl.int32)
         for v in range(0, V, BV):
             o_v = v + tl.arange(0, BV)
-            in_v = o_v < V
-            b_logits = tl.load(p_logits + o_v, mask=in_v, other=0.0) * logit_scale
+            in_v, in_row = o_v < V, o_v < stride
+            b_logits = tl.load(p_logits + o_v, mask=in_row, other=0.0) * logit_scale
             if HAS_BIAS:
                 b_logits += tl.load(bias + o_v, mask=in_v, other=0.0)
             if SOFTCAP:
                 b_logits, slope = softcapped(b_logits, softcap)
-            b_grad = tl.exp2((b_logits - peak) * LOG2E) * factor - label_smoothing / V
-            b_grad -= tl.where(o_v == target, 1.0 - label_smoothing, 0.0)
+            b_grad = tl.exp2((b_logits - peak) * LOG2E) * factor
+            if SMOOTH:
+                b_grad -= g * label_smoothing / V
+            b_grad -= tl.where(o_v == column, g * (1.0 - label_smoothing), 0.0)
             if SOFTCAP:
                 b_grad *= slope
             # By selection: a row of no weight may hold an infinity.
-            b_grad = tl.where(g != 0, b_grad * g, 0.0)
-            tl.store(grad + n * V + o_v, b_grad.to(grad.dtype.element_ty), mask=in_v)
+            b_grad = tl.where(g != 0, b_grad, 0.0)
+            tl.store(grad + n * stride + o_v, b_grad.to(grad.dtype.element_ty), mask=in_row)
 
 
 def wide_cross_entropy(
@@ -139,6 +147,8 @@ def wide_cross_entropy(
 ) -> CrossEntropyResult:
     """As `reference.linear_cross_entropy`, any D; upstream stands for valid labels and token weights."""
     (num_tokens, width), vocabulary = x.shape, weight.shape[0]
+    block, stride = min(rows_per_block(vocabulary), max(num_tokens, 1)), triton.cdiv(vocabulary, _VECTOR) * _VECTOR
+    lowered = 1 / RAISED.value if x.dtype == torch.float16 else 1.0
 
     def sums(*shape: int) -> Tensor:
         return torch.empty(shape, device=x.device, dtype=torch.float32)
@@ -148,8 +158,8 @@ def wide_cross_entropy(
     grad_x = torch.empty_like(x) if needs[0] else None
     grad_weight = sums(vocabulary, width).zero_() if needs[1] else None
     grad_bias = sums(vocabulary).zero_() if needs[2] else None
-    block = min(max(16, LOGITS_BYTES // (4 * vocabulary)), max(num_tokens, 1))
-    grad_buffer = x.new_empty(block, vocabulary) if any(needs) else None
+    logits_buffer = sums(block, stride)[:, :vocabulary]
+    grad_buffer = x.new_empty(block, stride)[:, :vocabulary] if any(needs) else None
 
     def softmax_grad(rows: slice, logits: Tensor, grad: Tensor | None, config: Config) -> None:
         softmax_grad_kernel[(logits.shape[0],)](
@@ -163,6 +173,7 @@ def wide_cross_entropy(
             entropy[rows],
             correct[rows],
             vocabulary,
+            logits.stride(0),
             options.ignore_index,
             options.label_smoothing,
             options.z_loss,
@@ -178,20 +189,23 @@ def wide_cross_entropy(
 
     for start in range(0, num_tokens, block):
         rows = slice(start, min(start + block, num_tokens))
-        logits = mm_float32(x[rows], weight.T)  # [n, V]
-        grad = None if grad_buffer is None else grad_buffer[: logits.shape[0]]
+        logits = mm_float32(x[rows], weight.T, out=logits_buffer[: rows.stop - start])
+        grad = None if grad_buffer is None else grad_buffer[: rows.stop - start]
         configured("softmax_grad", x[rows], vocabulary, partial(softmax_grad, rows, logits, grad))
-        del logits
         if grad is None:
             continue
-        if grad_x is not None:
-            torch.mm(grad, weight, out=grad_x[rows])
-            if options.logit_scale != 1.0:
-                grad_x[rows] *= options.logit_scale
+        if grad_x is not None:  # a float32 sum over the whole vocabulary, rounded once
+            grad_x[rows] = mm_float32(grad, weight).mul_(options.logit_scale * lowered)
         if grad_bias is not None:
-            grad_bias += grad.sum(dim=0, dtype=torch.float32)
+            grad_bias += grad.sum(dim=0, dtype=torch.float32) * lowered
         if grad_weight is not None:
             for first in range(0, vocabulary, _WEIGHT_ROWS):
                 columns = slice(first, first + _WEIGHT_ROWS)
-                grad_weight[columns] += options.logit_scale * mm_float32(grad[:, columns].T, x[rows])
+                part = mm_float32(grad[:, columns].T, x[rows])
+                grad_weight[columns].add_(part, alpha=options.logit_scale * lowered)
     return CrossEntropyResult(losses, lse, entropy, correct, grad_x, grad_weight, grad_bias)
+
+
+def rows_per_block(vocabulary: int) -> int:
+    """A power of two: the GEMMs' tiles come out even, and no block begins where a vector does not."""
+    return 1 << (max(16, LOGITS_BYTES // (4 * vocabulary)).bit_length() - 1)

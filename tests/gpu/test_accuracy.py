@@ -1,5 +1,6 @@
 """Every op and all its gradients against float64, at the shapes of real models; errors at most twice plain torch's."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -134,18 +135,74 @@ def test_linear_cross_entropy(
     _compare_heads(inputs, labels, {}, precision, assert_accurate, ("weight",) if regime == "wide-frozen" else ())
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+# A soft cap, and float32, are for the wide path at any width.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "scale, z": {"logit_scale": 0.5, "z_loss": 1e-3},
+    "smoothing, scale, z, bias": {"label_smoothing": 0.1, "logit_scale": 0.5, "z_loss": 1e-3, "bias": True},
+    "softcap, scale, z": {"softcap": 15.0, "logit_scale": 0.5, "z_loss": 1e-3},
+    "all": {"softcap": 15.0, "label_smoothing": 0.1, "logit_scale": 0.5, "z_loss": 1e-3, "bias": True},
+}
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("case", OPTIONS)
 @pytest.mark.parametrize("regime", ["narrow", "wide"])
-def test_every_option_of_linear_cross_entropy(
-    precision: str, regime: str, dtype: torch.dtype, assert_accurate: Callable[..., None]
+def test_options_and_statistics_of_linear_cross_entropy(
+    precision: str,
+    regime: str,
+    case: str,
+    dtype: torch.dtype,
+    assert_accurate: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    size = SHAPES["odd"]
+    from ibkernels.gpu import heads
+
+    taken = []
+    for name in ("narrow", "wide"):
+        path = getattr(heads, f"{name}_cross_entropy")
+        monkeypatch.setattr(
+            heads, f"{name}_cross_entropy", lambda *a, name=name, path=path: (taken.append(name), path(*a))[1]
+        )
+    size, options = SHAPES["odd"], dict(OPTIONS[case])
     width = size.width if regime == "narrow" else size.hidden
     inputs, labels = head_inputs(size.tokens, width, size.vocabulary, dtype)
-    inputs["bias"] = normal(size.vocabulary, seed=11, dtype=dtype)
-    options = {"softcap": 15.0, "logit_scale": 0.5, "label_smoothing": 0.1, "z_loss": 1e-3}
+    if options.pop("bias", False):
+        inputs["bias"] = normal(size.vocabulary, seed=11, dtype=dtype)
     weights = normal(size.tokens, seed=12, dtype=dtype).abs()
-    _compare_heads(inputs, labels, options, precision, assert_accurate, token_weight=weights)
+    # Half of the labels are what the head predicts, so that there is something to count.
+    logits = options["logit_scale"] * F.linear(inputs["input"].double(), inputs["weight"].double())
+    best = (logits + inputs.get("bias", torch.zeros(1, device=DEVICE)).double()).argmax(dim=-1)
+    labels = torch.where((labels != IGNORED) & (torch.arange(size.tokens, device=DEVICE) % 2 == 0), best, labels)
+    _compare_heads(inputs, labels, options, precision, assert_accurate, token_weight=weights, stats=True)
+    assert set(taken) == {"wide" if precision == "fp32" or "softcap" in options else regime}
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32", "tf32"])
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize("regime", ["narrow", "wide"])
+def test_gradients_of_confident_tokens(precision: str, regime: str, softcap: float | None, dtype: torch.dtype) -> None:
+    """Where the label has almost all the probability, a gradient is what little the others have of it."""
+    size = SHAPES["small" if DRY else "1.3B"]
+    width = size.width if regime == "narrow" else size.hidden
+    inputs, labels = head_inputs(size.tokens, width, size.vocabulary, dtype)
+    labels = labels.clamp(min=0)
+    rows = inputs["weight"].double()[labels]
+    confident = math.log(size.vocabulary) + 7  # the label's logit: the others' are about 0, and have e^-7 together
+    inputs["input"] = (rows * (confident / rows.square().sum(dim=-1, keepdim=True))).to(dtype)
+    results = []
+    for copy, backend in ((leaves(inputs), "triton"), (leaves(inputs, torch.float64), "reference")):
+        losses: Any = ibkernels.linear_cross_entropy(
+            **copy, labels=labels, softcap=softcap, reduction="none", backend=backend
+        )
+        gradients = torch.autograd.grad(losses.sum(), list(copy.values()))
+        results.append([tensor.double() for tensor in (losses.detach(), *gradients)])
+    (loss, grad, grad_weight), (exact_loss, exact, exact_weight) = results
+    assert exact_loss.median() < 0.1
+    error = {"bf16": 2**-7, "fp16": 2**-8, "fp32": 2**-8, "tf32": 2**-4}[precision]
+    assert ((grad - exact).norm(dim=-1) <= error * exact.norm(dim=-1)).all()
+    # For the weight's, narrow kernels compute the logits again, their sums in another order, which 1 - p magnifies.
+    assert (grad_weight - exact_weight).norm() <= 4 * error * exact_weight.norm()
+    assert (loss - exact_loss).abs().max() <= (1e-2 if precision == "tf32" else 1e-4) and loss.min() >= -1e-4
 
 
 @pytest.mark.parametrize("absorb", [True, False], ids=["absorbed", "unabsorbed"])
@@ -220,8 +277,10 @@ def _compare_heads(
     assert_accurate: Callable[..., None],
     frozen: tuple[str, ...] = (),
     token_weight: Tensor | None = None,
+    stats: bool = False,
 ) -> None:
-    results = []
+    """`stats`: plain torch's are the reference's, which computes in float32 from the same inputs."""
+    results, correct = [], []
     for dtype, backend in ((None, "triton"), (None, None), (torch.float64, "reference")):
         own = leaves(inputs, dtype, frozen)
         settings: dict[str, Any] = {**options, "token_weight": None if token_weight is None else token_weight.to(
@@ -230,8 +289,21 @@ def _compare_heads(
         if backend is None:
             loss: Any = eager_head(**own, labels=labels, **settings)
         else:
-            loss = ibkernels.linear_cross_entropy(**own, labels=labels, reduction="sum", backend=backend, **settings)
-        results.append(with_gradients({"loss": loss}, own))
+            loss = ibkernels.linear_cross_entropy(
+                **own, labels=labels, reduction="sum", backend=backend, return_stats=stats, **settings
+            )
+        found = {}
+        if stats:
+            if backend is None:
+                _, found = ibkernels.linear_cross_entropy(
+                    **own, labels=labels, reduction="sum", backend="reference", return_stats=True, **settings
+                )
+            else:
+                loss, found = loss
+            correct.append(found.num_correct)
+            found = {"entropy": found.entropy_sum, "lse": found.lse}
+        results.append(with_gradients({"loss": loss}, own) | found)
+    assert len({count.item() for count in correct}) <= 1
     assert_accurate(*results, precision)
 
 

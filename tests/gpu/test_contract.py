@@ -165,6 +165,51 @@ def test_compiles_without_a_graph_break(op: str) -> None:
 
 
 @each_encoder
+def test_a_compiled_layer_draws_its_own_noise(encoder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`rng_state()` inside the graph: noise afresh at each call, and torch's seed rules."""
+    monkeypatch.setenv("IBKERNELS_BACKEND", "triton")  # in the dry mode the CPU has others
+    rank = {"encoder_rank": SHAPE.rank} if encoder == "LoRA" else {}
+    layer = ibkernels.VariationalBottleneck(
+        SHAPE.hidden, SHAPE.width, encoder=encoder.lower(), device=DEVICE, dtype=torch.float32, **rank
+    )
+    hidden = encoder_inputs(SHAPE, "linear", DTYPE)["hidden"].requires_grad_()
+    used = {name: tensor for name, tensor in layer.named_parameters() if not name.startswith("up_")}
+    torch.compiler.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager" if DRY else "inductor")
+
+    def draw(seed: int) -> Named:
+        torch.manual_seed(seed)
+        z, kl = compiled(hidden)
+        return with_gradients({"z": z, "kl": kl}, {"hidden": hidden, **used})
+
+    first = draw(3)
+    assert_same(first, draw(3))
+    assert not torch.equal(first["z"], draw(4)["z"])
+    assert not torch.equal(compiled(hidden)[0], compiled(hidden)[0])  # without a seed between them
+    mu, logvar = layer.encode(hidden)
+    eps = (first["z"] - mu) / (0.5 * logvar).exp()
+    assert abs(eps.mean()) < 0.2 and abs(eps.std() - 1) < 0.2
+    # Backward draws what forward drew: the gradient of z's sum to logvar's bias is the sum of std * eps / 2.
+    torch.manual_seed(3)
+    (grad,) = torch.autograd.grad(compiled(hidden)[0].float().sum(), used["bias"])
+    expected = (0.5 * (first["z"] - mu)).sum(dim=0)
+    assert (grad[SHAPE.width :] - expected).norm() <= 2e-2 * expected.norm()
+
+
+def test_a_count_in_host_memory_does_not_wait() -> None:
+    inputs, labels = head_inputs(SHAPE.tokens, SHAPE.width, SHAPE.vocabulary, DTYPE)
+    counts: list[Any] = [torch.tensor(91), 91, torch.tensor(91, device=DEVICE)]
+    losses = []
+    for _ in range(2):  # the first compiles
+        with no_waiting() if losses else contextlib.nullcontext():
+            losses = [
+                ibkernels.linear_cross_entropy(**inputs, labels=labels, num_items=count, backend="triton")
+                for count in counts
+            ]
+    assert losses[0] == losses[1] == losses[2]
+
+
+@each_encoder
 def test_recomputation_in_backward_draws_the_same_noise(encoder: str) -> None:
     inputs = leaves(encoder_inputs(SHAPE, "linear" if encoder == "linear" else "lora", DTYPE))
 
@@ -250,9 +295,11 @@ def test_a_search_for_configurations(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 def budgets() -> dict[str, int]:
     """Bytes beyond inputs and outputs that forward and backward may hold at N=16384, H=4096, K=256, V=102400, bf16."""
+    from ibkernels.gpu.wide_cross_entropy import rows_per_block
+
     n, h, k, r, v = MEASURED
     small = 32 * 2**20  # partial sums, vectors of N or V, float32 gradients of small parameters
-    logits = 256 * 2**20 * 3 // 2  # a block of float32 logits, and its gradient in bfloat16
+    logits = rows_per_block(v) * v * (4 + 2)  # a block of float32 logits, and its gradient in bfloat16
     return {
         "bottleneck, linear": n * k * (2 + 4) + 2 * n * k * 2 + small,  # mu, raw logvar; the gradient of both
         "bottleneck, LoRA": 2 * n * r * 2 + small,  # t and its gradient

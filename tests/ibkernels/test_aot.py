@@ -38,6 +38,23 @@ def test_one_shape_of_every_kernel_on_every_chip(tmp_path: Path) -> None:
     assert kernels >= {"bottleneck_linear_fwd", "bottleneck_lora_fwd", "cross_entropy_fwd", "cross_entropy_bwd_weight"}
 
 
+_OTHER_OPTIONS = """
+import json
+from ibkernels import aot
+canonical = aot.jobs(["sm_90"], True)
+jobs = [job._replace(variant=variant) for job in canonical for variant in aot.KERNELS[job.kernel].variants]
+print(json.dumps([aot.compile_job(job) for job in jobs]))
+"""
+
+
+def test_the_other_options_of_every_kernel() -> None:
+    """They are code of their own, which the interpreter takes and the compiler may not."""
+    command = [sys.executable, "-c", _OTHER_OPTIONS]
+    rows = json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    check_rows(rows)
+    assert {row["variant"] for row in rows} >= {"every option", "evaluation", "without a bias", "ragged H", "odd R"}
+
+
 @pytest.mark.slow
 def test_every_shipped_configuration(tmp_path: Path) -> None:
     result = aot("--json", str(tmp_path / "rows.json"))

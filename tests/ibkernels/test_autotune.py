@@ -65,9 +65,13 @@ def timer(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Config], float
 
 
 def choose(
-    rows: int = 20, width: int = 64, dtype: torch.dtype = torch.float16, run: Any = lambda config: None
+    rows: int = 20,
+    width: int = 64,
+    dtype: torch.dtype = torch.float16,
+    run: Any = lambda config: None,
+    kernel: str = "cross_entropy_fwd",
 ) -> Config:
-    return autotune.choose("cross_entropy_fwd", torch.empty(rows, 4, dtype=dtype), width, run)
+    return autotune.choose(kernel, torch.empty(rows, 4, dtype=dtype), width, run)
 
 
 def winners(tmp_path: Path) -> list[Path]:
@@ -208,7 +212,7 @@ def test_a_winner_is_kept_and_used_without_another_search(
 
 @pytest.mark.parametrize(
     "other",
-    [{"rows": 33}, {"rows": 16}, {"width": 65}, {"width": 32}, {"dtype": torch.float32}],
+    [{"rows": 33}, {"rows": 16}, {"width": 65}, {"width": 32}, {"dtype": torch.bfloat16}],
     ids=str,
 )
 def test_problems_are_told_apart(other: dict[str, Any], timer: Any, tmp_path: Path) -> None:
@@ -223,9 +227,9 @@ def test_problems_are_told_apart(other: dict[str, Any], timer: Any, tmp_path: Pa
 
 def test_tf32_has_winners_of_its_own(timer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     timer(bowl(BM=16))
-    choose(dtype=torch.float32)
+    choose(dtype=torch.float32, kernel="bottleneck_linear_fwd")
     monkeypatch.setattr(autotune, "dot_precision", lambda tensor: "tf32")
-    choose(dtype=torch.float32)
+    choose(dtype=torch.float32, kernel="bottleneck_linear_fwd")
     assert [path.name.split("-")[2] for path in winners(tmp_path)] == ["float32", "tf32"]
 
 
@@ -390,14 +394,15 @@ def test_results_do_not_depend_on_the_configuration(
     encoder: str, width: int, best: int, timer: Any, tmp_path: Path
 ) -> None:
     timer(lambda config: 1 + sum(abs(math.log2(size / best)) for size in config.blocks.values()))
-    ours = step("triton", torch.float32, encoder, width)
+    dtype = torch.float16 if width == K else torch.float32  # the narrow head's kernels are of half precision
+    ours = step("triton", dtype, encoder, width)
     chosen = {path.name.split("-")[0]: autotune.read(path).config.blocks for path in winners(tmp_path)}
     head = {"cross_entropy_fwd", "cross_entropy_finish", "cross_entropy_bwd_weight"} if width == K else {"softmax_grad"}
     assert chosen.keys() == {name for name in configs._SHIPPED if name.startswith(f"bottleneck_{encoder}")} | head
     assert all(set(blocks.values()) == {best} for blocks in chosen.values())
     for name, exact in step("reference", torch.float64, encoder, width).items():
         scale = exact.abs().max()
-        assert (ours[name].double() - exact).abs().max() <= 2e-5 * scale, name
+        assert (ours[name].double() - exact).abs().max() <= (2e-5 if dtype == torch.float32 else 5e-3) * scale, name
 
 
 def test_noise_is_that_of_any_configuration(timer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -433,7 +438,7 @@ def test_compiled_ops_search_when_they_run_and_not_when_they_are_traced(timer: A
 
 def keep(folder: Path, milliseconds: float = 1.5, **fields: Any) -> None:
     """A winner of an H100, as a search would have written it."""
-    config = Config({"BM": 64, "BV": fields.pop("BV", 128)}, 16, 3)
+    config = Config(fields.pop("blocks", {"BM": 64, "BV": fields.pop("BV", 128)}), 16, 3)
     defaults = {"kernel": "cross_entropy_fwd", "chip": "sm_90", "dtype": "bfloat16", "width": 256, "rows": 16384}
     problem = autotune.Problem(**{**defaults, "triton": "3.7.1", **fields})
     folder.mkdir(exist_ok=True)
@@ -445,16 +450,16 @@ def test_winners_are_printed_as_rows_of_the_table(tmp_path: Path, capsys: pytest
     keep(tmp_path, rows=2048, BV=32)
     keep(tmp_path, dtype="float16", BV=64)
     keep(tmp_path, chip="sm_100", BV=16)
-    keep(tmp_path, dtype="tf32", width=128)
+    keep(tmp_path, kernel="bottleneck_linear_bwd", dtype="tf32", width=128, blocks={"BM": 64, "BK": 128})
     assert autotune.main([str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     heads = [line for line in lines if not line.startswith(" ")]
-    assert heads == ['"cross_entropy_fwd", 2 bytes:', '"cross_entropy_fwd", 4 bytes:']
+    assert heads == ['"bottleneck_linear_bwd", 4 bytes:', '"cross_entropy_fwd", 2 bytes:']
     rows = [eval(line, vars(configs))[0] for line in lines if line.startswith("    (")]
     shipped = configs.entry("cross_entropy_fwd", 2, 256)
-    assert rows[0] == (256, {**shipped, "sm_90": Config({"BM": 64, "BV": 128}, 16, 3),
+    assert rows[1] == (256, {**shipped, "sm_90": Config({"BM": 64, "BV": 128}, 16, 3),
                              "sm_100": Config({"BM": 64, "BV": 16}, 16, 3)})  # fmt: skip
-    assert rows[1][0] == 128 and rows[1][1]["sm_90"].blocks == {"BM": 64, "BV": 128}
+    assert rows[0][0] == 128 and rows[0][1]["sm_90"].blocks == {"BM": 64, "BK": 128}
     notes = [line for line in lines if line.startswith("    # ")]
     assert len(notes) == 5 and all("1.5 ms, the shipped one 2 ms (NVIDIA H100, triton 3.7.1)" in note for note in notes)
     assert any("sm_90, float16, N <= 16384: _config(16, 3, BM=64, BV=64)" in note for note in notes)

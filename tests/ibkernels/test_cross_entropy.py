@@ -250,6 +250,69 @@ def test_gradcheck(head, reduction):
     assert torch.autograd.gradcheck(loss_of, tuple(own.values()), fast_mode=True)
 
 
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize("width", [H, 600], ids=["narrow", "wide"])
+def test_gradients_of_confident_tokens(target, width, softcap):
+    """Where the label has almost all the probability, a gradient is what little the others have of it."""
+    generator = torch.Generator().manual_seed(4)
+    weight = torch.randn(V, width, generator=generator).to(target.dtype)
+    labels = torch.arange(N) * 7 % V
+    rows = weight.double()[labels]
+    x = (rows * (11 / rows.square().sum(dim=1, keepdim=True))).to(target.dtype)  # the label's logit is 11
+    results = []
+    for dtype, backend in ((target.dtype, target.backend), (torch.float64, "reference")):
+        own = [tensor.to(dtype).requires_grad_() for tensor in (x, weight)]
+        losses = ibkernels.linear_cross_entropy(*own, labels, softcap=softcap, reduction="none", backend=backend)
+        results.append([tensor.double() for tensor in (losses.detach(), *torch.autograd.grad(losses.sum(), own))])
+    (loss, grad, grad_weight), (exact_loss, exact, exact_weight) = results
+    assert exact_loss.median() < 0.02
+    # Beside a rounding to the dtype: of float32 logits, which is large beside 1 - p.
+    error = {torch.float64: 1e-9, torch.float32: 2**-8, torch.float16: 2**-8, torch.bfloat16: 2**-6}[target.dtype]
+    assert ((grad - exact).norm(dim=1) <= error * exact.norm(dim=1)).all()
+    assert (grad_weight - exact_weight).norm() <= error * exact_weight.norm()
+    assert (loss - exact_loss).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("width", [H, 600], ids=["narrow", "wide"])
+@pytest.mark.parametrize("upstream", [1e-9, 1e3])
+def test_upstream_gradients_beyond_a_half_types_range(target, width, upstream):
+    """Of one of many tokens' mean, say: float16 holds neither them nor their products with probabilities."""
+    generator = torch.Generator().manual_seed(5)
+    x, weight = (torch.randn(n, width, generator=generator) / width**0.5 for n in (N, V))
+    x, weight, labels = x.to(target.dtype), (4 * weight).to(target.dtype), torch.arange(N) * 7 % V
+    results = []
+    for dtype, backend in ((target.dtype, target.backend), (torch.float64, "reference")):
+        wide = torch.promote_types(dtype, torch.float32)
+        own = x.to(dtype), weight.to(wide).requires_grad_(), torch.zeros(V, dtype=wide).requires_grad_()
+        losses = ibkernels.linear_cross_entropy(*own[:2], labels, bias=own[2], reduction="none", backend=backend)
+        upstreams = upstream * torch.linspace(0.5, 1.5, N, dtype=losses.dtype)
+        results.append([tensor.double() for tensor in torch.autograd.grad(losses, own[1:], upstreams)])
+    for ours, exact in zip(*results, strict=True):
+        error = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 2**-9, torch.bfloat16: 2**-7}[target.dtype]
+        assert (ours - exact).norm() <= error * exact.norm()
+
+
+@pytest.mark.parametrize("width", [16, 600], ids=["narrow", "wide"])
+def test_a_vocabularys_tail_of_tiny_probabilities(target, width):
+    """4000 words of 1.2e-8 each, less than float16 holds: together input's gradient, as the label's row is 0."""
+    generator = torch.Generator().manual_seed(6)
+    x, weight = (torch.randn(n, width, generator=generator) / width**0.5 for n in (3, 4000))
+    x, weight, labels = x.to(target.dtype), (weight + 1).to(target.dtype), torch.full((3,), 70)
+    weight[70], bias = 0, 18.2 * (torch.arange(4000) == 70)
+    results = []
+    for dtype, backend in ((target.dtype, target.backend), (torch.float64, "reference")):
+        own = x.to(dtype).requires_grad_(), weight.to(torch.promote_types(dtype, torch.float32)).requires_grad_()
+        # As a gradient scaler does, so that the result itself is one that float16 holds.
+        loss = ibkernels.linear_cross_entropy(
+            *own, labels, bias=bias.to(own[1].dtype), reduction="sum", backend=backend
+        )
+        grad, grad_weight = torch.autograd.grad(2.0**12 * loss, own)
+        results.append([grad.double(), grad_weight[71:].double()])
+    for ours, exact in zip(*results, strict=True):
+        error = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 2**-8, torch.bfloat16: 2**-7}[target.dtype]
+        assert (ours - exact).norm() <= error * exact.norm()
+
+
 @each_head
 @pytest.mark.parametrize("scale", [1e2, 1e4])
 def test_large_logits(target, head, scale, assert_accurate):

@@ -5,8 +5,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ibkernels
 from ibkernels import reference
@@ -173,6 +175,25 @@ def test_auto_takes_the_cheaper_path(target, tokens, labels, monkeypatch):
     for absorb in ("auto", True, False):
         ibkernels.bottleneck_cross_entropy(inputs["z"][:tokens], *arguments, absorb=absorb, backend=target.backend)
     assert paths == [tokens == 48, True, False]
+
+
+def test_a_count_in_host_memory_is_not_copied_to_the_device():
+    """A copy makes the host wait. No device is needed to see it: the tensors are fake."""
+    copies = []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._to_copy.default:
+                copies.append((args[0].device.type, (kwargs or {}).get("device")))
+            return func(*args, **(kwargs or {}))
+
+    with FakeTensorMode(), Copies():
+        input, weight = torch.empty(4, 6, device="cuda", dtype=torch.float16), torch.empty(9, 6, device="cuda")
+        labels = torch.empty(4, device="cuda", dtype=torch.int64)
+        for count in (torch.tensor(3), torch.tensor(3.0, dtype=torch.float64)):
+            loss = ibkernels.linear_cross_entropy(input, weight, labels, num_items=count)
+            assert loss.device.type == "cuda" and loss.dtype == torch.float32
+    assert copies and all(device is None for _, device in copies)
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("there is a GPU: tests/gpu runs the kernels there", allow_module_level=True)
 
-from ibkernels.gpu import bottleneck_linear, bottleneck_lora, configs, heads, launch
+from ibkernels.gpu import bottleneck_linear, bottleneck_lora, configs, heads, launch, wide_cross_entropy
 
 N, H, K, R, V = 21, 37, 19, 5, 45
 CHIPS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "gfx90a", "gfx942", "gfx950")
@@ -242,15 +242,42 @@ def test_of_a_high_rank_only_what_is_needed_is_computed(needed: int) -> None:
     assert_close(*gradients, 1e-5)
 
 
-def test_softcap_with_label_smoothing_takes_the_wide_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second sum beside the softmax's pull has no room: on sm_100 it would exceed the tensor memory."""
-    x, weight, labels = normal(N, K).requires_grad_(), normal(V, K).requires_grad_(), torch.arange(N) * 7 % V
+@pytest.mark.parametrize(
+    ("dtype", "options"), [(torch.float16, {"softcap": 3.0}), (torch.float32, {})], ids=["softcap", "float32"]
+)
+def test_what_would_cost_confident_tokens_their_gradient_takes_the_wide_path(
+    dtype: torch.dtype, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, weight, labels = normal(N, K, dtype=dtype), normal(V, K, dtype=dtype), torch.arange(N) * 7 % V
     monkeypatch.setattr(heads, "narrow_cross_entropy", None)
-    results = []
-    for backend in ("triton", "reference"):
-        loss: Any = ibkernels.linear_cross_entropy(x, weight, labels, softcap=3.0, label_smoothing=0.1, backend=backend)
-        gradients = torch.autograd.grad(loss, [x, weight])
-        results.append({"loss": loss.detach(), "x": gradients[0], "weight": gradients[1]})
-    assert_close(*results, 1e-5)
+    ibkernels.linear_cross_entropy(x, weight, labels, backend="triton", **options)
     with pytest.raises(TypeError):
-        ibkernels.linear_cross_entropy(x, weight, labels, softcap=3.0, backend="triton")
+        ibkernels.linear_cross_entropy(x.half(), weight, labels, backend="triton")
+
+
+@pytest.mark.parametrize(
+    ("processors", "row_blocks", "splits"),
+    [
+        (132, 128, 1),
+        (132, 64, 2),
+        (132, 1, 8),
+        (132, 100, 5),
+        (108, 128, 4),
+        (148, 128, 8),
+        (132, 1024, 1),
+        (132, 0, 1),
+    ],
+)
+def test_the_vocabulary_is_split_where_the_device_is_done_sooner(
+    processors: int, row_blocks: int, splits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """108 processors run 128 programs in two waves, four times as many of a quarter of the work in 5 of a quarter."""
+    monkeypatch.setattr(configs, "_processors", lambda device: processors)
+    assert configs.splits(torch.device("cuda"), row_blocks, 800) == splits
+    assert configs.splits(torch.device("cuda"), row_blocks, 1) == 1
+
+
+def test_a_block_of_logits_is_of_even_tiles_within_its_bytes() -> None:
+    rows = {v: wide_cross_entropy.rows_per_block(v) for v in (32000, 32256, 102400, 128256, 152064, 256000)}
+    assert rows == {32000: 2048, 32256: 2048, 102400: 512, 128256: 512, 152064: 512, 256000: 256}
+    assert all(4 * v * n <= wide_cross_entropy.LOGITS_BYTES for v, n in rows.items())

@@ -98,8 +98,10 @@ class IBModel(PeftModelForCausalLM):
     def from_base(cls, base_model: nn.Module, peft_config: PeftConfig, ib: IBConfig | None) -> "IBModel":
         """Wraps a loaded causal language model with a fresh adapter and a fresh bottleneck (ib=None: none, SFT).
 
-        Raises InputError for a target layer out of range, a model without a plain linear output head, or an adapter
-        on that head.
+        Raises:
+            InputError: for a model that carries an adapter already, has no plain linear output head, is not causal,
+                computes its logits in a way of its own or adds a router's loss; a target layer out of range; an
+                adapter on the head, or one that learns a prompt or changes the loss (AdaLoRA, aLoRA).
         """
         return cls(base_model, peft_config, ib=ib)
 
@@ -113,7 +115,19 @@ class IBModel(PeftModelForCausalLM):
         config: PeftConfig | None = None,
         **kwargs: Any,
     ) -> "IBModel":
-        """Loads adapter and bottleneck (where there is one) from a folder or a Hub repository onto a base model."""
+        """Loads adapter and bottleneck (where there is one) from a folder or a Hub repository onto a base model.
+
+        Args:
+            model: the base model, without an adapter.
+            model_id: what `save_pretrained` wrote: a folder, or the name of a repository.
+            is_trainable: whether adapter and bottleneck go on training; otherwise the model is in evaluation mode.
+            config: in place of the adapter's own configuration.
+            kwargs: PEFT's, and the Hub's (revision, subfolder, token, cache_dir, force_download, local_files_only).
+
+        Raises:
+            InputError: as `from_base`; and where a bottleneck's configuration has no weights beside it, or the Hub was
+                not reached, so that whether there is one cannot be told.
+        """
         hub = {name: value for name, value in kwargs.items() if name in _HUB_ARGUMENTS}
         file = _locate(str(model_id), CONFIG_NAME, hub)
         config = config or PeftConfig.from_pretrained(str(model_id), **hub)

@@ -15,11 +15,16 @@ from ibft.errors import InputError
 
 @dataclass
 class IBOutput(ModelOutput):
-    """All but `loss` and `log_probs` is detached; ce, kl, ce_ib are normalised as in the loss.
+    """All but `loss` and `log_probs` is detached; all but `logits` are scalars.
 
-    `logits` are computed if something reads them (`DeferredLogits`). num_valid_tokens, entropy_sum and
-    num_correct_tokens are over this batch's label positions; they are what trl < 1.15 logs. The last four are what
-    later versions of trl read, see `fused_head_output`.
+    Args:
+        loss: float32, what is trained.
+        logits: [B, T, V] in float32, computed if something reads them (`DeferredLogits`).
+        ce, kl, ce_ib: float32, the loss's terms, normalised as in it; kl and ce_ib in training alone.
+        active_share: see `objective.active_share`; only where it was asked for.
+        num_valid_tokens, num_correct_tokens: int64, this batch's label positions, and those predicted; entropy_sum:
+            nats, over them. What trl < 1.15 logs.
+        log_probs, label_mask, entropy, is_top1: what later versions of trl read, see `fused_head_output`.
     """
 
     loss: Tensor | None = None

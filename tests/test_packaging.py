@@ -52,7 +52,7 @@ def test_the_console_command_is_ibft():
 
 
 def test_the_extras_of_the_readme_exist():
-    assert {"dev", "bench", "eval", "flash", "liger", "deepspeed"} <= set(EXTRAS)
+    assert {"dev", "bench", "plot", "flash", "liger", "deepspeed"} <= set(EXTRAS)
 
 
 def test_triton_comes_with_torch_and_is_asked_for_by_the_tests_alone():

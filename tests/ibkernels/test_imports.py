@@ -38,7 +38,7 @@ print(json.dumps({
     "torch_seconds": torch_seconds,
     "cuda": torch.cuda.is_initialized(),
     "loaded": sorted(sys.modules),
-    "public": {name: callable(getattr(ibkernels, name)) for name in ibkernels.__all__},
+    "public": {name: callable(getattr(ibkernels, name)) for name in ibkernels.__all__ if name != "__version__"},
 }))
 """
 

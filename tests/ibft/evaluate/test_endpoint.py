@@ -60,12 +60,10 @@ class Handler(BaseHTTPRequestHandler):
             attempt = state.attempts[body["seed"]]
             state.running += 1
             state.most_running = max(state.most_running, state.running)
-        try:
-            time.sleep(state.delay)
-            self.answer(body, state.misbehave(body, attempt))
-        finally:
-            with state.lock:
-                state.running -= 1
+        time.sleep(state.delay)
+        with state.lock:  # before the answer, upon which the next request may come
+            state.running -= 1
+        self.answer(body, state.misbehave(body, attempt))
 
     def answer(self, body: dict[str, Any], failure: str | None) -> None:
         content = json.dumps({"choices": [self.state.choice(body)]}).encode()

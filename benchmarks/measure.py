@@ -30,7 +30,7 @@ _PINNED_BYTES, _GROWN_BYTES = 131072, 32 * 2**20  # glibc's threshold at first, 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt, from malloc.h
 
 CONFIDENCE = 0.99  # of an interval: a record has dozens of ratios, and each has to hold
-BETWEEN_RUNS = 0.05  # how far apart two processes may be for reasons that no round sees: pages, alignment
+BETWEEN_RUNS = 0.1  # how far apart two processes were for reasons that no round sees: pages, alignment, other tenants
 BATCHES = 6  # of one ratio's rounds
 _RESAMPLES = 2000
 ROOT = Path(__file__).parents[1]

@@ -1,6 +1,7 @@
 """Tables, pictures and pages come from the records alone, and every figure on a page is one of a record."""
 
 import json
+import re
 import shutil
 import statistics
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from benchmarks import __main__ as command
 from benchmarks import report
 from benchmarks.cost import BACKWARD, BOTH, FORWARD
+from benchmarks.measure import ratio
 from benchmarks.op_report import details, memory, share, summary
 from benchmarks.plots import draw
 
@@ -153,3 +155,15 @@ def test_step_tables_are_of_the_samples() -> None:
     median = statistics.median(record["seconds"]["eager-ib K=64"])
     assert rows["eager-ib K=64"][1] == f"{median:.2f}" and rows["eager-ib K=64"][3] == f"{2048 / median:,.0f}"
     assert rows["eager-sft"][4] == "1.00 (1.00-1.00)"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/scaling.md"])
+def test_what_a_step_costs_is_what_its_record_says(page: str) -> None:
+    seconds = json.loads((report.RESULTS / "step.json").read_text())["seconds"]
+    text = " ".join((ROOT / page).read_text().split())
+    quoted = re.search(r"took (1\.\d+) \(([^)]*)\) and (1\.\d+) times \(([^)]*)\)", text)
+    assert quoted is not None
+    for width, (median, interval) in zip((64, 256), (quoted.group(1, 2), quoted.group(3, 4)), strict=True):
+        found = ratio(seconds[f"ibft-ib K={width}"], seconds["ibft-sft"])
+        assert median == f"{found.median:.2f}"
+        assert interval.endswith(f"{found.low:.2f} to {found.high:.2f}")

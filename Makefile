@@ -40,7 +40,8 @@ aot: $(INSTALLED)
 	$(BIN)/python -m ibkernels.aot
 
 # The C++ tests, and the op tests of the C++ backend in a copy of the sources with a sanitized library, on two threads.
-# Python itself is not sanitized, hence the preload (of libstdc++ for exceptions), and leaks on purpose.
+# Python itself is not sanitized, hence the preload (of libstdc++ for exceptions), and leaks on purpose. Sanitized loops are
+# no vector code, and add up in one lane what others do in sixteen: left out is a test of the last digits of such a sum.
 SANITIZED := build/sanitize
 sanitize: $(INSTALLED)
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B $(SANITIZED) -G Ninja -DPython3_EXECUTABLE=$(BIN)/python -DIBKERNELS_SANITIZE=ON
@@ -52,7 +53,7 @@ sanitize: $(INSTALLED)
 	cd $(SANITIZED)/tree && LD_PRELOAD="$(foreach lib,libasan.so libstdc++.so,$$($${CXX:-c++} -print-file-name=$(lib)))" ASAN_OPTIONS=detect_leaks=0 \
 	  UBSAN_OPTIONS=print_stacktrace=1 IBKERNELS_REQUIRE_CPP=1 OMP_NUM_THREADS=2 $(CURDIR)/$(BIN)/python -m pytest \
 	  tests/ibkernels/test_bottleneck.py tests/ibkernels/test_cross_entropy.py tests/ibkernels/test_noise.py \
-	  tests/ibkernels/test_native.py -k "(cpp or native) and not peak_memory" -p no:cacheprovider --capture=sys
+	  tests/ibkernels/test_native.py -k "(cpp or native) and not peak_memory and not tail_of_tiny" -p no:cacheprovider --capture=sys
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -118,10 +118,12 @@ def _locked(folder: Path) -> Iterator[None]:
                 f"output_dir {folder} is being written to by another run ({file.read() or 'which has just begun'}); "
                 f"wait for it, or end it. If there is none, remove {path}."
             )
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
         try:
+            try:
+                file.truncate(0)
+                os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
+            except OSError as error:  # a full disk, before anything expensive
+                raise InputError(f"output_dir {folder} cannot be written to: {error.strerror}.") from error
             yield
         finally:
             with suppress(OSError):

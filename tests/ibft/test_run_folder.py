@@ -86,3 +86,17 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with hold_output(tmp_path / "out", overwrite=False, resume=False):
         assert (tmp_path / "out").is_dir()
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_full_disk_is_named_before_anything_expensive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int, content: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "write", full)
+    out = tmp_path / "out"
+    with (
+        pytest.raises(InputError, match=f"output_dir {out} cannot be written to: No space left on device"),
+        hold_output(out, overwrite=False, resume=False),
+    ):
+        raise AssertionError("the run must not begin")
+    assert not out.exists()

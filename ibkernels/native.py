@@ -104,11 +104,12 @@ def bottleneck_cross_entropy(
     stats: bool,
 ) -> BottleneckCrossEntropyResult:
     """As `reference.bottleneck_cross_entropy`: what it adds to the linear head are products too."""
-    if absorb and z.dtype == torch.bfloat16 and up_weight.shape[0] % 2 == 0 and has_bfloat16_products():
-        return _absorbed(z, up_weight, up_bias, head_weight, head_bias, labels, token_weight, options, needs, stats)
+    products = None
+    if z.dtype == torch.bfloat16 and up_weight.shape[0] % 2 == 0 and has_bfloat16_products():
+        products = reference.HeadProducts(_head_times, _transposed_times)
     return reference.bottleneck_cross_entropy(
         z, up_weight, up_bias, head_weight, head_bias, labels, token_weight, options, absorb, needs, stats,
-        linear=linear_cross_entropy,
+        linear=linear_cross_entropy, products=products,
     )  # fmt: skip
 
 
@@ -121,45 +122,13 @@ def has_bfloat16_products() -> bool:
     return torch.ops.ibkernels_cpu.bfloat16_products()
 
 
-def _absorbed(
-    z: Tensor,
-    up_weight: Tensor,
-    up_bias: Tensor | None,
-    head_weight: Tensor,
-    head_bias: Tensor | None,
-    labels: Tensor,
-    token_weight: Tensor | None,
-    options: LogitOptions,
-    needs: tuple[bool, bool, bool, bool, bool],
-    stats: bool,
-) -> BottleneckCrossEntropyResult:
-    """The absorbed head in bfloat16, to which neither b_up nor the gradients of M and c are rounded."""
-    needs_z, needs_up, needs_up_bias, needs_head, needs_head_bias = needs
-    up, head = up_weight.to(z.dtype).float(), head_weight.to(z.dtype).contiguous()
-    ops = torch.ops.ibkernels_cpu
-    matrix = ops.head_times(head, up.contiguous()).to(z.dtype)  # M [V, K]
-    shift = _floats(head_bias)
-    if up_bias is not None:
-        c = options.logit_scale * ops.head_times(head, up_bias.float()[:, None].contiguous())[:, 0]
-        shift = c if shift is None else c + shift
-    needs_shift = shift is not None and (needs_up_bias or needs_head or needs_head_bias)
-    result = linear_cross_entropy(
-        z, matrix, shift, labels, token_weight, options, (needs_z, needs_up or needs_head, needs_shift), stats
-    )
-    grad_matrix, grad_shift = result.grad_weight, result.grad_bias
-    grad_c = None if grad_shift is None or up_bias is None else options.logit_scale * grad_shift
-    grad_up = grad_up_bias = grad_head = None
-    if needs_up and grad_matrix is not None:
-        grad_up = ops.transposed_times(grad_matrix, head).T.contiguous()
-    if needs_up_bias and grad_c is not None:
-        grad_up_bias = ops.transposed_times(grad_c[:, None].contiguous(), head)[0]
-    if needs_head and grad_matrix is not None:
-        grad_head = grad_matrix @ up.T
-        if grad_c is not None and up_bias is not None:
-            grad_head.addr_(grad_c, up_bias.float())
-    return BottleneckCrossEntropyResult(
-        *result[:4], result.grad_input, grad_up, grad_up_bias, grad_head, grad_shift if needs_head_bias else None
-    )
+def _head_times(head: Tensor, factor: Tensor) -> Tensor:
+    return torch.ops.ibkernels_cpu.head_times(head.contiguous(), factor.contiguous())
+
+
+def _transposed_times(head: Tensor, *factors: Tensor) -> list[Tensor]:
+    products = (torch.ops.ibkernels_cpu.transposed_times(factor.contiguous(), head.contiguous()) for factor in factors)
+    return [product.T.contiguous() for product in products]
 
 
 def noise_bits(rng: Tensor, rows: Tensor, columns: int) -> Tensor:

@@ -116,6 +116,13 @@ def linear_cross_entropy(
 LinearCrossEntropy = Callable[..., CrossEntropyResult]  # called as `linear_cross_entropy`
 
 
+class HeadProducts(NamedTuple):
+    """Products of a head [V, H] of any dtype with float32 (float64) factors, which are not to be rounded to it."""
+
+    times: Callable[[Tensor, Tensor], Tensor]  # (head, factor [H, M]) -> [V, M]
+    transposed_times: Callable[..., list[Tensor]]  # (head, *factors [V, M]) -> [H, M] of each
+
+
 def bottleneck_cross_entropy(
     z: Tensor,  # [N, K]
     up_weight: Tensor,  # [H, K]
@@ -129,11 +136,17 @@ def bottleneck_cross_entropy(
     needs: tuple[bool, bool, bool, bool, bool],
     stats: bool,
     linear: LinearCrossEntropy = linear_cross_entropy,
+    products: HeadProducts | None = None,
 ) -> BottleneckCrossEntropyResult:
-    """Cross-entropy of the logits W_head (W_up z + b_up), and the gradients of its sum; `linear` is its one kernel."""
-    path = _absorbed if absorb else _unabsorbed
+    """Cross-entropy of the logits W_head (W_up z + b_up), and the gradients of its sum; `linear` is its one kernel.
+
+    products: those that absorbing takes, where another backend has them.
+    """
     up, head = up_weight.to(z.dtype), head_weight.to(z.dtype)
-    return path(z, up, up_bias, head, head_bias, labels, token_weight, options, needs, stats, linear)
+    arguments = (z, up, up_bias, head, head_bias, labels, token_weight, options, needs, stats, linear)
+    if not absorb:
+        return _unabsorbed(*arguments)
+    return _absorbed(*arguments, products or HeadProducts(_times, _transposed_times))
 
 
 def _absorbed(
@@ -148,15 +161,16 @@ def _absorbed(
     needs: tuple[bool, bool, bool, bool, bool],
     stats: bool,
     linear: LinearCrossEntropy,
+    products: HeadProducts,
 ) -> BottleneckCrossEntropyResult:
     """M = W_head W_up [V, K] and c = W_head b_up [V], then everything at the bottleneck's width."""
     needs_z, needs_up, needs_up_bias, needs_head, needs_head_bias = needs
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
     wide_up = up.to(dtype)
-    matrix = _times(head, wide_up).to(z.dtype)
+    matrix = products.times(head, wide_up).to(z.dtype)
     shift = None if head_bias is None else head_bias.to(dtype)  # the logits' constant, kept in float32
     if up_bias is not None:
-        c = options.logit_scale * _times(head, up_bias.to(dtype))
+        c = options.logit_scale * products.times(head, up_bias.to(dtype)[:, None])[:, 0]
         shift = c if shift is None else c + shift
 
     needs_shift = shift is not None and (needs_up_bias or needs_head or needs_head_bias)
@@ -165,15 +179,15 @@ def _absorbed(
     )
     grad_matrix, grad_shift = result.grad_weight, result.grad_bias
     grad_c = None if grad_shift is None or up_bias is None else options.logit_scale * grad_shift
-    grad_up = torch.zeros_like(wide_up) if needs_up else None
-    grad_up_bias = wide_up.new_zeros(up.shape[0]) if needs_up_bias else None
-    grad_head = None
-    if needs_up or needs_up_bias:
-        for block, rows in _blocks(head, dtype):
-            if grad_up is not None and grad_matrix is not None:
-                grad_up.addmm_(rows.T, grad_matrix[block])
-            if grad_up_bias is not None and grad_c is not None:
-                grad_up_bias.addmv_(rows.T, grad_c[block])
+    grad_up = grad_up_bias = grad_head = None
+    if needs_up and needs_up_bias and grad_matrix is not None and grad_c is not None:
+        grad_up, grad_up_bias = products.transposed_times(head, grad_matrix, grad_c[:, None])
+    elif needs_up and grad_matrix is not None:
+        (grad_up,) = products.transposed_times(head, grad_matrix)
+    elif needs_up_bias and grad_c is not None:
+        (grad_up_bias,) = products.transposed_times(head, grad_c[:, None])
+    if grad_up_bias is not None:
+        grad_up_bias = grad_up_bias[:, 0]
     if needs_head and grad_matrix is not None:
         grad_head = grad_matrix @ wide_up.T
         if grad_c is not None and up_bias is not None:
@@ -245,6 +259,15 @@ def _times(head: Tensor, right: Tensor) -> Tensor:
     for block, rows in _blocks(head, right.dtype):
         product[block] = rows @ right
     return product
+
+
+def _transposed_times(head: Tensor, *factors: Tensor) -> list[Tensor]:
+    """head^T @ factor [V, M] of each, in their dtype; the head is read once for all."""
+    sums = [factor.new_zeros(head.shape[1], factor.shape[1]) for factor in factors]
+    for block, rows in _blocks(head, factors[0].dtype):
+        for total, factor in zip(sums, factors, strict=True):
+            total.addmm_(rows.T, factor[block])
+    return sums
 
 
 def _blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:

@@ -2,9 +2,8 @@
 
 t = hidden A^T                       2·N·H·R FLOPs, N·H elements read once: bound by memory
 [mu | logvar] = t B^T + bias         2·N·2K·R FLOPs, from t in registers
-backward                             B's chain from t alone (saved, N·R elements), the noise drawn again;
-                                     then dt A and dt^T hidden as library GEMMs: hidden read once, its gradient
-                                     written once
+backward                             B's chain from t alone (saved, N·R elements), the noise drawn again; then
+                                     dt A and dt^T hidden together: hidden read once, its gradient written once
 """
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from ibkernels.gpu import configs
 from ibkernels.gpu.configs import Config
-from ibkernels.gpu.launch import configured, dot_precision, mm_float32
+from ibkernels.gpu.launch import configured, dot_precision
 from ibkernels.gpu.philox import load_rng, normals, row_ids
 
 
@@ -263,6 +262,56 @@ def bottleneck_lora_bwd_b_kernel(
     tl.store(p_bias + K, sum_logvar, mask=in_k)
 
 
+@triton.jit(do_not_specialize=["N"])
+def bottleneck_lora_bwd_hidden_kernel(
+    grad_t,  # [N, R]
+    hidden,  # [N, H], rows stride_n apart
+    lora_a,  # [R, H]
+    grad_hidden,  # [N, H]
+    grad_a,  # [SPLITS, R, H] float32
+    N,
+    H,
+    R,
+    stride_n,
+    rows_per_split,
+    NEEDS_HIDDEN: tl.constexpr,
+    NEEDS_A: tl.constexpr,
+    EVEN_H: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BH: tl.constexpr,
+    BR: tl.constexpr,
+):
+    """grad_hidden = grad_t A and grad_a = grad_t^T hidden for a tile of columns, over a share of the rows.
+
+    Bound by memory. A library's GEMM for grad_a has as many tiles as there are here, too few for a GPU, and reads while
+    nothing is written.
+    """
+    o_h = tl.program_id(0) * BH + tl.arange(0, BH)
+    split = tl.program_id(1)
+    o_r = tl.arange(0, BR)
+    in_r = o_r < R
+    mask_a = in_r[:, None] if EVEN_H else in_r[:, None] & (o_h < H)[None, :]
+    p_a = o_r.to(tl.int64)[:, None] * H + o_h[None, :]
+    if NEEDS_HIDDEN:
+        b_a = tl.load(lora_a + p_a, mask=mask_a, other=0.0)
+    acc = tl.zeros((BH, BR), tl.float32)  # transposed: the longer side is the one that matrix instructions want long
+    for start in range(split * rows_per_split, tl.minimum(N, (split + 1) * rows_per_split), BM):
+        o_n = start + tl.arange(0, BM)
+        in_n = o_n < N
+        mask = in_n[:, None] if EVEN_H else in_n[:, None] & (o_h < H)[None, :]
+        p_n = o_n.to(tl.int64)[:, None]
+        b_grad_t = tl.load(grad_t + p_n * R + o_r[None, :], mask=in_n[:, None] & in_r[None, :], other=0.0)
+        if NEEDS_A:
+            b_hidden = tl.load(hidden + p_n * stride_n + o_h[None, :], mask=mask, other=0.0)
+            acc = tl.dot(tl.trans(b_hidden), b_grad_t, acc, input_precision=PRECISION)
+        if NEEDS_HIDDEN:
+            b_grad = tl.dot(b_grad_t, b_a, input_precision=PRECISION)
+            tl.store(grad_hidden + p_n * H + o_h[None, :], b_grad.to(grad_hidden.dtype.element_ty), mask=mask)
+    if NEEDS_A:
+        tl.store(grad_a + split.to(tl.int64) * R * H + p_a, tl.trans(acc), mask=mask_a)
+
+
 def forward(
     hidden: Tensor,
     lora_a: Tensor,
@@ -357,13 +406,11 @@ def backward(
             )
 
         configured("bottleneck_lora_bwd_t", hidden, rank, run_t)
-        grad_hidden = grad_t @ lora_a.to(hidden.dtype) if needs[0] else None
-        grad_a = mm_float32(grad_t.T, hidden) if needs[1] else None
+        grad_hidden, grad_a = _through_a(grad_t, hidden, lora_a, needs[:2])
     if needs[2] or needs[3]:
 
         def run_b(config: Config) -> tuple[Tensor, Tensor]:
-            splits = max(1, min(64, triton.cdiv(num_tokens, 4 * config.blocks["BM"])))
-            rows_per_split = triton.cdiv(num_tokens, splits * config.blocks["BM"]) * config.blocks["BM"]
+            splits, rows_per_split = _shares(num_tokens, config.blocks["BM"], 64)
             partial_b = hidden.new_empty((splits, 2 * width, rank), dtype=torch.float32)
             partial_bias = hidden.new_empty((splits, 2 * width), dtype=torch.float32)
             bottleneck_lora_bwd_b_kernel[(triton.cdiv(width, config.blocks["BK"]), splits)](
@@ -383,6 +430,49 @@ def backward(
 
         grad_b, grad_bias = configured("bottleneck_lora_bwd_b", hidden, rank, run_b)
     return grad_hidden, grad_a, grad_b if needs[2] else None, grad_bias if needs[3] and bias is not None else None
+
+
+def _through_a(
+    grad_t: Tensor, hidden: Tensor, lora_a: Tensor, needs: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """grad_t A [N, H] in hidden's dtype and grad_t^T hidden [R, H] in float32, None where not needed."""
+    (num_tokens, rank), size = grad_t.shape, hidden.shape[1]
+    lora_a = lora_a.to(hidden.dtype).contiguous()
+    grad_hidden = hidden.new_empty(num_tokens, size) if needs[0] else None
+
+    def run(config: Config) -> Tensor | None:
+        tiles = triton.cdiv(size, config.blocks["BH"])
+        splits, rows_per_split = _shares(
+            num_tokens, config.blocks["BM"], 2 * configs.processors(hidden.device) // tiles
+        )
+        partial = hidden.new_empty((splits, rank, size), dtype=torch.float32) if needs[1] else None
+        bottleneck_lora_bwd_hidden_kernel[(tiles, splits)](
+            grad_t,
+            hidden,
+            lora_a,
+            grad_hidden,
+            partial,
+            num_tokens,
+            size,
+            rank,
+            hidden.stride(0),
+            rows_per_split,
+            NEEDS_HIDDEN=needs[0],
+            NEEDS_A=needs[1],
+            EVEN_H=size % config.blocks["BH"] == 0,
+            PRECISION=dot_precision(hidden),
+            BR=rank_block(rank),
+            **config.launch,
+        )
+        return None if partial is None else partial.sum(dim=0)
+
+    return grad_hidden, configured("bottleneck_lora_bwd_hidden", hidden, rank, run)
+
+
+def _shares(num_tokens: int, block: int, most: int) -> tuple[int, int]:
+    """Into how many shares to split the rows, four blocks at least in each and `most` in all, and the rows of one."""
+    splits = max(1, min(most, triton.cdiv(num_tokens, 4 * block)))
+    return splits, triton.cdiv(num_tokens, splits * block) * block
 
 
 def holds(hidden: Tensor, rank: int) -> bool:

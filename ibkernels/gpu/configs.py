@@ -77,6 +77,28 @@ _SHIPPED: dict[str, dict[int, list[tuple[int, dict[str, Config | None]]]]] = {
         ],
         4: [(32, {"default": _config(4, 2, BM=64, BK=32), "sm_89": _config(4, 2, BM=32, BK=32)})],
     },
+    "bottleneck_lora_bwd_hidden": {
+        2: [
+            (
+                64,
+                {
+                    "default": _config(4, 3, BM=64, BH=128),
+                    "sm_80": _config(4, 2, BM=64, BH=64),
+                    "sm_89": _config(4, 2, BM=64, BH=64),
+                },
+            ),
+            (
+                128,
+                {
+                    "default": _config(8, 3, BM=64, BH=128),
+                    "sm_80": _config(4, 2, BM=32, BH=64),
+                    "sm_89": _config(4, 2, BM=32, BH=64),
+                    "gfx942": _config(4, 2, BM=64, BH=64),
+                },
+            ),
+        ],
+        4: [(32, {"default": _config(4, 2, BM=32, BH=64)})],
+    },
     "cross_entropy_fwd": {
         2: [
             (
@@ -234,11 +256,14 @@ def splits(device: torch.device, row_blocks: int, column_blocks: int) -> int:
     """
     if device.type == "cpu":
         return min(2, column_blocks)
-    processors = _processors(device)
-    times = [-(-row_blocks * s // processors) / s for s in range(1, min(8, column_blocks) + 1)]
+    count = processors(device)
+    times = [-(-row_blocks * s // count) / s for s in range(1, min(8, column_blocks) + 1)]
     return next(s for s, time in enumerate(times, 1) if time <= 1.1 * min(times))
 
 
 @functools.cache
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
+    """How many programs a GPU runs at a time, if each fills a processor of its; a few on the CPU."""
+    if device.type == "cpu":
+        return 8
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -14,11 +14,17 @@ from ibkernels.gpu.configs import Config
 T = TypeVar("T")
 
 
-def configured(kernel: str, tensor: Tensor, width: int, run: Callable[[Config], T]) -> T:
+def configured(
+    kernel: str,
+    tensor: Tensor,
+    width: int,
+    run: Callable[[Config], T],
+    trial: Callable[[Config], object] | None = None,
+) -> T:
     """run(configuration): the shipped one, or with IBKERNELS_AUTOTUNE=1 the fastest that a search here has found.
 
     kernel and width: as in the table of `configs`; tensor [N, ...] gives the device, the dtype and N. The search calls
-    `run` again and again: it may read anything, and writes nothing but what it returns and what it writes each time.
+    `trial` (None: run) again and again: it reads what run reads and writes over nothing of it.
     """
     with on_device(tensor.device):
         switch = os.environ.get("IBKERNELS_AUTOTUNE", "0")
@@ -27,7 +33,7 @@ def configured(kernel: str, tensor: Tensor, width: int, run: Callable[[Config], 
         if switch == "1":
             from ibkernels.gpu import autotune
 
-            return run(autotune.choose(kernel, tensor, width, run))
+            return run(autotune.choose(kernel, tensor, width, trial or run))
         return run(configs.choose(kernel, tensor, width))
 
 

@@ -1,7 +1,8 @@
 """Cross-entropy of a wide head (the model's own): library GEMMs over blocks of rows, and a fused kernel on the logits.
 
     logits = x W^T in float32, a block of rows within a fixed budget       2·n·V·D FLOPs, a library GEMM
-    one program a row: maximum and sum of exponentials, then the gradient   2 reads and 1 write of n·V elements
+    one program a row: maximum and sum of exponentials, then the gradient   2 reads and 1 write of n·V elements,
+                                                                            the gradient in the logits' own memory
     grad_x = G W                                                           2·n·V·D FLOPs, a library GEMM
 
 Float32 logits, because the rounding of a bfloat16 logit of 20 is 0.06. A frozen weight's gradient is neither computed
@@ -28,17 +29,18 @@ _WEIGHT_ROWS = 8192  # of the head's gradient that are added to at a time
 
 @triton.jit
 def softmax_grad_kernel(
-    logits,  # [n, V] float32, rows `stride` apart: x W^T, and afterwards untouched
+    logits,  # [n, V] float32, rows `stride` apart: x W^T
     bias,  # [V] float32
     labels,  # [n] int64
     upstream,  # [n] float32
-    grad,  # [n, V] in the compute dtype, rows `stride` apart; in float16 times RAISED
+    grad,  # [n, V] in the compute dtype, rows `grad_stride` apart, may be the logits' memory; in float16 times RAISED
     losses,
     lse,
     entropy,
     correct,
     V,
     stride,
+    grad_stride,
     ignore_index,
     label_smoothing,
     z_loss,
@@ -120,6 +122,8 @@ def softmax_grad_kernel(
             o_v = v + tl.arange(0, BV)
             in_v, in_row = o_v < V, o_v < stride
             b_logits = tl.load(p_logits + o_v, mask=in_row, other=0.0) * logit_scale
+            # A row's gradient begins where the row does and is no longer: all must have read what it overwrites.
+            tl.debug_barrier()
             if HAS_BIAS:
                 b_logits += tl.load(bias + o_v, mask=in_v, other=0.0)
             if SOFTCAP:
@@ -132,7 +136,7 @@ def softmax_grad_kernel(
                 b_grad *= slope
             # By selection: a row of no weight may hold an infinity.
             b_grad = tl.where(g != 0, b_grad, 0.0)
-            tl.store(grad + n * stride + o_v, b_grad.to(grad.dtype.element_ty), mask=in_row)
+            tl.store(grad + n * grad_stride + o_v, b_grad.to(grad.dtype.element_ty), mask=in_row)
 
 
 def wide_cross_entropy(
@@ -158,8 +162,9 @@ def wide_cross_entropy(
     grad_x = torch.empty_like(x) if needs[0] else None
     grad_weight = sums(vocabulary, width).zero_() if needs[1] else None
     grad_bias = sums(vocabulary).zero_() if needs[2] else None
-    logits_buffer = sums(block, stride)[:, :vocabulary]
-    grad_buffer = x.new_empty(block, stride)[:, :vocabulary] if any(needs) else None
+    buffer = sums(block, stride)
+    logits_buffer = buffer[:, :vocabulary]
+    grad_buffer = buffer.view(x.dtype)[:, :vocabulary] if any(needs) else None
 
     def softmax_grad(rows: slice, logits: Tensor, grad: Tensor | None, config: Config) -> None:
         softmax_grad_kernel[(logits.shape[0],)](
@@ -174,6 +179,7 @@ def wide_cross_entropy(
             correct[rows],
             vocabulary,
             logits.stride(0),
+            0 if grad is None else grad.stride(0),
             options.ignore_index,
             options.label_smoothing,
             options.z_loss,
@@ -187,11 +193,18 @@ def wide_cross_entropy(
             **config.launch,
         )
 
+    def elsewhere(rows: slice, logits: Tensor, grad: Tensor | None, config: Config) -> None:
+        apart = None if grad is None else grad.new_empty(logits.shape[0], stride)
+        softmax_grad(rows, logits, apart, config)
+
     for start in range(0, num_tokens, block):
         rows = slice(start, min(start + block, num_tokens))
         logits = mm_float32(x[rows], weight.T, out=logits_buffer[: rows.stop - start])
         grad = None if grad_buffer is None else grad_buffer[: rows.stop - start]
-        configured("softmax_grad", x[rows], vocabulary, partial(softmax_grad, rows, logits, grad))
+        arguments = rows, logits, grad
+        configured(
+            "softmax_grad", x[rows], vocabulary, partial(softmax_grad, *arguments), partial(elsewhere, *arguments)
+        )
         if grad is None:
             continue
         if grad_x is not None:  # a float32 sum over the whole vocabulary, rounded once

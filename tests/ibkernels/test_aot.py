@@ -103,6 +103,22 @@ def test_the_clamp_of_logvar_keeps_nan() -> None:
     assert result.stdout.split() == ["True"] * 3, result.stderr
 
 
+_IN_PLACE = """
+import re
+from ibkernels import aot
+from ibkernels.gpu import configs
+job = aot.Job("softmax_grad", "sm_90", "bf16", 4096)
+ptx = aot.compiled_kernel(job, configs.lookup(job.kernel, 2, job.width, job.arch)).asm["ptx"]
+print(*re.findall(r"ld[.]global|bar[.]sync|st[.]global", ptx)[-5:])
+"""
+
+
+def test_a_row_of_logits_is_read_before_its_gradient_takes_its_place() -> None:
+    """By all threads of the program: the interpreter has one."""
+    result = subprocess.run([sys.executable, "-c", _IN_PLACE], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout.split() == ["ld.global"] * 2 + ["bar.sync"] + ["st.global"] * 2, result.stderr
+
+
 def test_an_unknown_chip_is_named() -> None:
     result = aot("--arch", "sm_90", "sm_42")
     assert result.returncode == 2 and "sm_42" in result.stderr and "gfx942" in result.stderr

@@ -32,6 +32,7 @@ CASES: dict[str, dict[str, Any]] = {
     "one-vector-with-row": {"shape": (), "rows": "random"},
     "one-token": {"shape": (1,)},
     "no-tokens": {"shape": (2, 0)},
+    "tokens-of-three-shares": {"shape": (150,)},
     "every-other-token": {"layout": "strided"},
     "transposed": {"layout": "transposed", "shape": (3, 5), "rows": "random"},
     "columns-of-wider": {"layout": "columns"},

@@ -85,17 +85,20 @@ _OPTIONS = {"every option": {"SMOOTH": True}}
 _RAGGED = {"ragged H": {"EVEN_H": False}}
 _ODD_RANK = {"odd R": {"odd": ("R",)}}
 
+_LINEAR = Kernel(
+    "bottleneck_linear",
+    "bottleneck_linear_fwd_kernel",
+    {"hidden": "*T", "weight": "*T", "bias": "*fp32", "z": "*T", "mu": "*T", "raw_logvar": "*fp32", "kl": "*fp32"}
+    | _BOTTLENECK
+    | _SIZES,
+    {"HAS_BIAS": True, **_NOISE, "SAVE": True, "EVEN_H": True},
+    (64, 256),
+    _RAGGED,
+)
+
 KERNELS = {
-    "bottleneck_linear_fwd": Kernel(
-        "bottleneck_linear",
-        "bottleneck_linear_fwd_kernel",
-        {"hidden": "*T", "weight": "*T", "bias": "*fp32", "z": "*T", "mu": "*T", "raw_logvar": "*fp32", "kl": "*fp32"}
-        | _BOTTLENECK
-        | _SIZES,
-        {"HAS_BIAS": True, **_NOISE, "SAVE": True, "EVEN_H": True},
-        (64, 256),
-        _RAGGED,
-    ),
+    "bottleneck_linear_fwd": _LINEAR,
+    "bottleneck_linear_fwd_few": _LINEAR._replace(widths=(256,)),
     "bottleneck_linear_bwd": Kernel(
         "bottleneck_linear",
         "bottleneck_linear_bwd_kernel",

@@ -37,9 +37,21 @@ _SHIPPED: dict[str, dict[int, list[tuple[int, dict[str, Config | None]]]]] = {
     "bottleneck_linear_fwd": {
         2: [
             (64, {"default": _config(4, 3, BM=64, BK=64, BH=64)}),
-            (ANY, {"default": _config(8, 3, BM=128, BK=64, BH=64), "sm_80": _config(8, 4, BM=128, BK=64, BH=32)}),
+            (
+                ANY,
+                {
+                    "default": _config(8, 3, BM=128, BK=128, BH=64),
+                    "sm_80": _config(8, 4, BM=128, BK=128, BH=32),
+                    "sm_89": _config(8, 4, BM=128, BK=128, BH=32),
+                    "gfx942": _config(8, 2, BM=128, BK=128, BH=64),
+                },
+            ),
         ],
         4: [(ANY, {"default": _config(4, 2, BM=64, BK=32, BH=32)})],
+    },
+    # The same kernel with so few rows that tiles as large as these would leave half of the processors idle.
+    "bottleneck_linear_fwd_few": {
+        2: [(ANY, {"default": _config(8, 3, BM=128, BK=64, BH=64), "sm_80": _config(8, 4, BM=128, BK=64, BH=32)})],
     },
     "bottleneck_linear_bwd": {size: [(ANY, {"default": _config(4, 2, BM=32, BK=64)})] for size in (2, 4)},
     "bottleneck_lora_fwd": {

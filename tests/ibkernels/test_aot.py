@@ -56,6 +56,7 @@ def test_the_other_options_of_every_kernel() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # some 800 compilations
 def test_every_shipped_configuration(tmp_path: Path) -> None:
     result = aot("--json", str(tmp_path / "rows.json"))
     assert result.returncode == 0, result.stdout + result.stderr

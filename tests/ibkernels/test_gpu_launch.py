@@ -33,11 +33,12 @@ def bottleneck(
     dtype: torch.dtype = torch.float32,
     rng: Tensor = RNG,
     spread: bool = False,
+    width: int = K,
 ) -> dict[str, Tensor]:
     """Outputs and gradients; `spread`: the bias is every other element of another tensor."""
-    bias = normal(4 * K, dtype=dtype)[::2]
-    hidden, weight = normal(N, H, dtype=dtype), normal(2 * K, H, dtype=dtype) / H**0.5
-    lora = normal(rank, H, dtype=dtype) / H**0.5, normal(2 * K, rank, dtype=dtype) / rank**0.5
+    bias = normal(4 * width, dtype=dtype)[::2]
+    hidden, weight = normal(N, H, dtype=dtype), normal(2 * width, H, dtype=dtype) / H**0.5
+    lora = normal(rank, H, dtype=dtype) / H**0.5, normal(2 * width, rank, dtype=dtype) / rank**0.5
     matrices = [weight] if encoder == "linear" else list(lora)
     leaves = [hidden, *matrices, bias if spread else bias.clone()]
     leaves = [leaf.requires_grad_() for leaf in leaves]
@@ -125,6 +126,30 @@ def test_grids_end_below_what_a_gpu_takes(encoder: str, recorder: Recorder) -> N
     assert len(recorder.grids) == (2 if encoder == "linear" else 3) and recorder.grids[0][0] >= tokens // 128
     for grid in recorder.grids:
         assert grid[0] < 2**31 and all(size <= 65535 for size in grid[1:]), grid
+
+
+@pytest.mark.parametrize("columns", [32, 64, 128])
+def test_wide_tiles_are_finished_piece_by_piece(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the interpreter's own tiles there is one piece."""
+    monkeypatch.setitem(configs._INTERPRETED, "BK", columns)
+    ours, theirs = (bottleneck(backend, "linear", width=150) for backend in ("triton", "reference"))
+    assert_close(ours, theirs, 1e-5)
+
+
+def test_few_rows_get_smaller_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An H100 has 132 processors: 8192 rows and K = 256 are 128 tiles of 128 by 128, and 4096 rows 64."""
+    monkeypatch.setattr(configs, "processors", lambda device: 132)
+    found = [
+        bottleneck_linear._tiling(torch.empty(n, 1, dtype=dtype), width)
+        for n, width, dtype in (
+            (8192, 256, torch.bfloat16),
+            (4096, 256, torch.bfloat16),
+            (4096, 64, torch.bfloat16),  # its tiles are small
+            (4096, 256, torch.float32),
+        )
+    ]
+    assert [name.removeprefix("bottleneck_linear_fwd") for name in found] == ["", "_few", "", ""]
+    assert [configs.lookup(name, 2, 256, "sm_90").blocks["BK"] for name in found[:2]] == [128, 64]
 
 
 def test_column_tiles_of_a_block_of_rows_are_neighbours_in_the_grid(monkeypatch: pytest.MonkeyPatch) -> None:

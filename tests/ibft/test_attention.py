@@ -1,149 +1,34 @@
-"""Every attention keeps packed documents apart, with the gradients they have alone; which one is taken, and why."""
+"""Every attention keeps packed documents apart, with the gradients they have alone."""
 
 import json
-import math
 import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_kernels import KERNELS, PACKAGES, flash_attn_2, on_a_gpu_alone
 from oracle import KINDS, VOCABULARY, assert_same_gradients, tiny_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AttentionInterface, AutoConfig, LlamaConfig, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
 import ibft.attention
 from ibft import InputError
 from ibft.architecture import CausalLM
-from ibft.attention import REGISTERED, VARLEN, Attention, select_attention, varlen_attention
+from ibft.attention import REGISTERED, VARLEN, Attention, varlen_attention
 from ibft.cli import main
 from ibft.data import collate, document_lengths
 from ibft.data.encoded import Document
 
 ROWS = [[7, 1, 5], [9, 2]]  # documents longer and shorter than the windows of 4; the second row is padded
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-
-
-def varlen_kernel(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seq_q: Tensor,
-    cu_seq_k: Tensor,
-    max_q: int,
-    max_k: int,
-    *,
-    scale: float | None = None,
-    window_size: tuple[int, int] = (-1, -1),
-    enable_gqa: bool = False,
-) -> Tensor:
-    """torch.nn.attention.varlen.varlen_attn, softmax by softmax after its documentation: the CPU has no kernel."""
-    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and cu_seq_q.shape == cu_seq_k.shape
-    assert query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
-    assert window_size[1] in (0, -1) and enable_gqa == (query.shape[1] > key.shape[1])
-    assert cu_seq_q.diff().max() == max_q == max_k
-    return by_softmax(query, key, value, cu_seq_q.diff().tolist(), scale, window_size)
-
-
-def by_softmax(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    lengths: list[int],
-    scale: float | None,
-    window_size: tuple[int, int],
-    softcap: float = 0.0,
-) -> Tensor:
-    groups, (left, right) = query.shape[1] // key.shape[1], window_size
-    outputs = []
-    for q, k, v in zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True):
-        heads = []
-        for head in range(query.shape[1]):
-            scores = q[:, head] @ k[:, head // groups].T * (scale or 1 / math.sqrt(q.shape[-1]))
-            scores = softcap * torch.tanh(scores / softcap) if softcap else scores
-            distance = torch.arange(len(q))[:, None] - torch.arange(len(q))
-            seen = ((distance >= 0) | (right < 0)) & ((distance <= left) | (left < 0))
-            heads.append(scores.masked_fill(~seen, -math.inf).softmax(-1) @ v[:, head // groups])
-        outputs.append(torch.stack(heads, dim=1))
-    return torch.cat(outputs)
-
-
-def varlen_kernel_without_groups(*arguments: Any, scale: Any = None, window_size: Any = (-1, -1)) -> Tensor:
-    """torch 2.11's: as many heads of keys as of queries."""
-    assert arguments[0].shape == arguments[1].shape
-    return varlen_kernel(*arguments, scale=scale, window_size=window_size)
-
-
-def flash_attn_2(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    deterministic: bool = False,
-    return_attn_probs: bool = False,
-    block_table: Tensor | None = None,
-) -> Tensor:
-    """flash_attn.flash_attn_varlen_func, after its documentation."""
-    assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32 and type(max_seqlen_q) is type(max_seqlen_k) is int
-    assert q.shape[-1] == k.shape[-1] == v.shape[-1] and cu_seqlens_q.diff().max() == max_seqlen_q
-    span = (window_size[0], 0) if causal else window_size
-    return by_softmax(q, k, v, cu_seqlens_q.diff().tolist(), softmax_scale, span, softcap)
-
-
-def flash_attn_3(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    seqused_q: Tensor | None = None,
-    seqused_k: Tensor | None = None,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    qv: Tensor | None = None,
-    window_size: tuple[int, int] = (-1, -1),
-    attention_chunk: int = 0,
-    softcap: float = 0.0,
-    num_splits: int = 1,
-    deterministic: bool = False,
-    sm_margin: int = 0,
-) -> tuple[Tensor, None]:
-    """flash_attn_interface.flash_attn_varlen_func; its early versions gave the log-sum-exp too."""
-    output = flash_attn_2(
-        *(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
-        softmax_scale=softmax_scale,
-        causal=causal,
-        window_size=window_size,
-        softcap=softcap,
-    )
-    return output, None
-
-
-def on_a_gpu_alone(*arguments: Any, **options: Any) -> Tensor:
-    """flash-attn for tensors of the CPU."""
-    raise RuntimeError("FlashAttention only supports CUDA tensors")
-
-
-KERNELS = {"kernel": varlen_kernel, "kernel of torch 2.11": varlen_kernel_without_groups}
-PACKAGES = {"flash_attention_2": flash_attn_2, "flash_attention_3": flash_attn_3, "flash-attn on a CPU": on_a_gpu_alone}
+CUDA = torch.device("cuda")
 BACKENDS = ["sdpa", "eager", "by document", *KERNELS, *PACKAGES]
-# Gemma 2's scores have a softcap, for which sdpa and varlen are refused: test_a_softcap_goes_to_what_has_one.
+# Gemma 2's scores have a softcap, for which sdpa and varlen are refused: test_select_attention.py.
 PAIRS = [
     (kind, backend)
     for kind in KINDS
@@ -416,121 +301,3 @@ def test_attention_in_both_directions_is_within_documents_too(backend: str, monk
         F.scaled_dot_product_attention(*(x[:, :, at] for x in (query, key, value))) for at in (slice(2), slice(2, 5))
     ]
     torch.testing.assert_close(output, torch.cat(parts, dim=2).transpose(1, 2), rtol=0, atol=1e-12)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Which one is taken
-
-LLAMA = LlamaConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2)
-
-
-def select(requested: str = "auto", device: torch.device = CUDA, config: Any = LLAMA, **changes: Any) -> Attention:
-    settings = {"packing": "best-fit", "dtype": torch.float32 if device == CPU else torch.bfloat16, **changes}
-    return select_attention(requested, device=device, base_config=config, **settings)
-
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """`gpu((9, 0), "flash_attention_2")`: a GPU of that compute capability, and flash-attn packages."""
-
-    def pretend(capability: tuple[int, int], *installed: str, softcap: bool = True) -> None:
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-        monkeypatch.setattr(torch.version, "hip", None)
-        for name, module in ibft.attention.FLASH.items():
-            monkeypatch.setattr(
-                ibft.attention, f"is_flash_attn_{name[-1]}_available", lambda name=name: name in installed
-            )
-            fake: Any = ModuleType(module)
-            fake.flash_attn_varlen_func = (lambda q, softcap=0.0: q) if softcap else (lambda q: q)
-            monkeypatch.setitem(sys.modules, module, fake)
-
-    return pretend
-
-
-def test_the_order_on_a_gpu(gpu: Callable[..., None]) -> None:
-    gpu((9, 0), "flash_attention_3", "flash_attention_2")
-    assert select() == (REGISTERED["flash_attention_3"], "installed, and made for this GPU")
-    assert select().label == "flash_attention_3" and select().takes_lengths
-    gpu((8, 0), "flash_attention_3", "flash_attention_2")
-    assert select().label == "flash_attention_2"
-    gpu((9, 0), "flash_attention_2")
-    assert select().label == "flash_attention_2"
-    gpu((9, 0))
-    assert select().implementation == VARLEN
-    assert "of torch" in select().reason and "flash-attn 2 is not installed" in select().reason
-    assert select(dtype=torch.float32) == (
-        "sdpa",
-        "documents of a packed row kept apart by its mask; varlen: it computes in bfloat16, and the model is float32",
-    )
-    assert select(dtype=torch.float32, packing="none").reason.startswith("one padded document per row; varlen: ")
-    gpu((7, 5))
-    assert select().implementation == "sdpa" and "Ampere" in select().reason
-
-
-def test_the_order_on_a_cpu() -> None:
-    chosen = select(device=CPU)
-    assert chosen == (VARLEN, "document by document") and chosen.label == "varlen" and chosen.takes_lengths
-    compiled = select(device=CPU, compiled=True)
-    assert compiled.implementation == "sdpa" and "--compile" in compiled.reason and not compiled.takes_lengths
-
-
-@pytest.mark.parametrize("requested", ["flash_attention_3", "flash_attention_2", "varlen", "sdpa", "eager"])
-def test_what_was_asked_for_comes_first(requested: str, gpu: Callable[..., None]) -> None:
-    gpu((8, 0), "flash_attention_3", "flash_attention_2")
-    assert select(requested).label == requested and select(requested).reason.startswith("asked for")
-
-
-@pytest.mark.parametrize(
-    ("requested", "settings", "sentence"),
-    [
-        ("flash_attention_2", {"device": CPU}, "needs a CUDA GPU, and this run is on the cpu; varlen would work"),
-        ("flash_attention_2", {}, r"flash-attn 2 is not installed \(pip install .*\); varlen would work here"),
-        ("flash_attention_3", {}, r"flash-attn 3 is not installed \(build it"),
-        ("varlen", {"dtype": torch.float32}, "computes in bfloat16, and the model is float32; sdpa would work here"),
-        ("varlen", {"device": torch.device("mps")}, "needs a CUDA GPU, and this run is on the mps; sdpa would work"),
-        ("varlen", {"config": LlamaConfig(attention_dropout=0.1)}, "no attention dropout, which .* sdpa would work"),
-        ("varlen", {"config": LlamaConfig(head_dim=512)}, "multiple of 8 dimensions up to 256, not 512"),
-        ("varlen", {"config": LlamaConfig(head_dim=4)}, "multiple of 8 dimensions up to 256, not 4"),
-    ],
-)
-def test_a_request_that_cannot_be_served(
-    requested: str, settings: dict[str, Any], sentence: str, gpu: Callable[..., None]
-) -> None:
-    gpu((8, 0))
-    with pytest.raises(InputError, match=f"--attn_implementation {requested}: .*{sentence}"):
-        select(requested, **settings)
-
-
-def test_a_package_built_for_another_torch(gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu((8, 0), "flash_attention_2")
-
-    def broken(name: str) -> None:
-        raise ImportError("undefined symbol: _ZN3c10")
-
-    monkeypatch.setattr(ibft.attention, "importlib", SimpleNamespace(import_module=broken))
-    assert select().implementation == VARLEN and "cannot be imported (undefined symbol" in select().reason
-    with pytest.raises(InputError, match="undefined symbol"):
-        select("flash_attention_2")
-
-
-def test_a_softcap_goes_to_what_has_one(gpu: Callable[..., None]) -> None:
-    gemma = AutoConfig.for_model("gemma2")
-    assert select(device=CPU, config=gemma).implementation == "eager"
-    gpu((8, 0), "flash_attention_2")
-    assert select(config=gemma).label == "flash_attention_2"
-    gpu((8, 0), "flash_attention_2", softcap=False)
-    assert select(config=gemma).implementation == "eager"
-    with pytest.raises(InputError, match=r"this flash-attn 2 has no softcap .*; eager would work here"):
-        select("flash_attention_2", config=gemma)
-    for requested in ("varlen", "sdpa"):
-        with pytest.raises(InputError, match=f"{requested}: .*; eager would work here"):
-            select(requested, config=gemma)
-
-
-def test_sinks_and_an_old_torch_are_left_to_others(gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu((9, 0), "flash_attention_2")
-    sinks = AutoConfig.for_model("gpt_oss")
-    assert select(config=sinks).implementation == "eager"  # what else it takes, transformers would download
-    gpu((9, 0))
-    monkeypatch.setattr(ibft.attention, "varlen_attn", lambda query, is_causal=False: query)
-    assert select().implementation == "sdpa" and "varlen_attn has no scale" in select().reason

@@ -176,11 +176,18 @@ def test_opcheck_of_backward_with_some_gradients(needs):
 # ---- bfloat16 -------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def products():
+    """Of bfloat16 factors as such."""
+    if not native.has_bfloat16_products():
+        pytest.skip("this machine has no bfloat16 instructions")
+
+
 @pytest.fixture(params=["bfloat16", "float32"])
 def factors(request):
     """Those of the products: bfloat16 as such where the machine has instructions for it, or widened to float32."""
-    if request.param == "bfloat16" and not native.has_bfloat16_products():
-        pytest.skip("this machine has no bfloat16 instructions")
+    if request.param == "bfloat16":
+        request.getfixturevalue("products")
     with torch.backends.mkldnn.flags(enabled=request.param == "bfloat16"):
         assert native.has_bfloat16_products() == (request.param == "bfloat16")
         yield request.param
@@ -198,25 +205,36 @@ def assert_close_to_float64(actual: dict[str, Tensor], exact: dict[str, Tensor])
 # direction; and odd ones, whose products are float32's.
 @pytest.mark.parametrize(("num_tokens", "sizes"), [(37, (40, 7, 6)), (1301, (1090, 71, 66)), (300, (41, 24, 5))])
 @pytest.mark.parametrize("encoder", ["linear", "lora"])
-def test_the_bottleneck_in_bfloat16_equals_float64(factors, encoder, num_tokens, sizes):
+def test_the_bottleneck_in_bfloat16_equals_float64(factors, encoder, num_tokens, sizes, several_threads):
     exact = bottleneck(encoder, num_tokens, torch.float64, "reference", sizes, torch.bfloat16)
-    assert_close_to_float64(bottleneck(encoder, num_tokens, torch.bfloat16, sizes=sizes), exact)
+    several_threads(1)
+    single = bottleneck(encoder, num_tokens, torch.bfloat16, sizes=sizes)
+    assert_close_to_float64(single, exact)
+    several_threads(3)  # which pack a factor's panels of columns together
+    actual = bottleneck(encoder, num_tokens, torch.bfloat16, sizes=sizes)
+    assert all(torch.equal(actual[name], single[name]) for name in single)
 
 
 @pytest.mark.parametrize(
     ("num_tokens", "vocabulary", "width"), [(37, 1, 40), (1301, 1701, 130), (50, 700, 41), (9, 600, 1090)]
 )
-def test_cross_entropy_in_bfloat16_equals_float64(factors, num_tokens, vocabulary, width, monkeypatch):
+def test_cross_entropy_in_bfloat16_equals_float64(factors, num_tokens, vocabulary, width, several_threads, monkeypatch):
     monkeypatch.setattr(native, "_LOGITS_BYTES", 700 * 1701 * 4)  # the second case takes blocks of 651 and 650 rows
     exact = cross_entropy(num_tokens, vocabulary, torch.float64, "reference", width, torch.bfloat16)
+    several_threads(1)
+    single = cross_entropy(num_tokens, vocabulary, torch.bfloat16, width=width)
+    several_threads(3)
     actual = cross_entropy(num_tokens, vocabulary, torch.bfloat16, width=width)
+    assert all(torch.equal(actual[name], single[name]) for name in single)
     if vocabulary == 1:
         actual, exact = ({name: each[name] for name in ("loss", "lse")} for each in (actual, exact))
     assert_close_to_float64(actual, exact)
 
 
-def absorbed(num_tokens: int, vocabulary: int, dtype: torch.dtype, backend: str = "cpp") -> dict[str, Tensor]:
-    """Loss and gradients of the absorbed head at H=72, K=14, of numbers that bfloat16 can hold."""
+def absorbed(
+    num_tokens: int, vocabulary: int, dtype: torch.dtype, backend: str = "cpp", hidden_size: int = 72
+) -> dict[str, Tensor]:
+    """Loss and gradients of the absorbed head at that H and K=14, of numbers that bfloat16 can hold."""
     generator = torch.Generator().manual_seed(0)
 
     def parameter(*shape: int) -> Tensor:
@@ -224,8 +242,8 @@ def absorbed(num_tokens: int, vocabulary: int, dtype: torch.dtype, backend: str 
         return tensor.bfloat16().to(dtype).requires_grad_()
 
     z, labels = parameter(num_tokens, 14), torch.randint(vocabulary, (num_tokens,), generator=generator)
-    parameters = {"up": parameter(72, 14), "up_bias": parameter(72), "head": parameter(vocabulary, 72)}
-    parameters["head_bias"] = parameter(vocabulary)
+    parameters = {"up": parameter(hidden_size, 14), "up_bias": parameter(hidden_size)}
+    parameters |= {"head": parameter(vocabulary, hidden_size), "head_bias": parameter(vocabulary)}
     up, up_bias, head, head_bias = parameters.values()
     loss = ibkernels.bottleneck_cross_entropy(
         z, up, up_bias, head, labels, bias=head_bias, logit_scale=0.9, absorb=True, backend=backend
@@ -241,15 +259,11 @@ def test_the_absorbed_head_in_bfloat16_equals_float64(factors, vocabulary, sever
     single = absorbed(90, vocabulary, torch.bfloat16)
     assert_close_to_float64(single, exact)
     several_threads(3)
-    if factors == "bfloat16":
-        assert all(
-            torch.equal(tensor, single[name]) for name, tensor in absorbed(90, vocabulary, torch.bfloat16).items()
-        )
+    actual = absorbed(90, vocabulary, torch.bfloat16)
+    assert factors == "float32" or all(torch.equal(actual[name], single[name]) for name in single)
 
 
-def test_what_multiplies_the_head_is_not_rounded_to_bfloat16():
-    if not native.has_bfloat16_products():
-        pytest.skip("this machine has no bfloat16 instructions")
+def test_what_multiplies_the_head_is_not_rounded_to_bfloat16(products):
     generator = torch.Generator().manual_seed(0)
     head = torch.randn(4301, 130, generator=generator).bfloat16()
     right, left = torch.randn(130, 67, generator=generator), torch.randn(4301, 67, generator=generator)
@@ -260,6 +274,33 @@ def test_what_multiplies_the_head_is_not_rounded_to_bfloat16():
         (ops.transposed_times(left, head), left.double().T @ head.double()),
     ):
         assert (actual.double() - exact).norm() < 2**-15 * exact.norm()
+
+
+@pytest.mark.parametrize(
+    ("call", "even", "odd"),
+    [
+        (bottleneck, {"encoder": "linear", "sizes": (40, 24, 6)}, {"encoder": "linear", "sizes": (41, 24, 6)}),
+        (bottleneck, {"encoder": "lora", "sizes": (40, 24, 6)}, {"encoder": "lora", "sizes": (40, 24, 5)}),
+        (cross_entropy, {"vocabulary": 300, "width": 40}, {"vocabulary": 300, "width": 41}),
+    ],
+    ids=["hidden_size", "rank", "width"],
+)
+def test_rows_that_do_not_end_with_a_pair_are_widened(call, even, odd, products):
+    """And multiplied as float32: to the bit what comes out where no bfloat16 factors are multiplied."""
+    for sizes, same in ((even, False), (odd, True)):
+        found = call(num_tokens=50, dtype=torch.bfloat16, **sizes)
+        with torch.backends.mkldnn.flags(enabled=False):
+            widened = call(num_tokens=50, dtype=torch.bfloat16, **sizes)
+        assert all(torch.equal(found[name], widened[name]) for name in found) == same
+
+
+@pytest.mark.parametrize(("hidden_size", "times"), [(72, 2), (73, 0)])
+def test_a_head_whose_rows_do_not_end_with_a_pair_is_widened(hidden_size, times, products, monkeypatch):
+    calls, real = [], native._head_times
+    monkeypatch.setattr(native, "_head_times", lambda *factors: calls.append(factors) or real(*factors))
+    actual = absorbed(90, 301, torch.bfloat16, hidden_size=hidden_size)
+    assert_close_to_float64(actual, absorbed(90, 301, torch.float64, "reference", hidden_size))
+    assert len(calls) == times
 
 
 # ---- instruction sets ------------------------------------------------------------------------------------------------

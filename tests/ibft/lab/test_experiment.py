@@ -2,15 +2,9 @@
 
 import dataclasses
 import fcntl
-import itertools
 import json
 import os
-import pickle
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,16 +12,13 @@ import torch
 from safetensors.torch import load_file
 
 from ibft.cli import main
-from ibft.errors import FailedElsewhere, InputError, Interrupted
+from ibft.errors import FailedElsewhere, InputError
 from ibft.estimate.devices import cpu_name
 from ibft.evaluate.metrics import pass_at_k_m
 from ibft.lab import experiment
-from ibft.lab.experiment import LabConfig, Piece, run_lab
+from ibft.lab.experiment import LabConfig, run_lab
 from ibft.lab.jobs import RESULT_NAME, Tasks
-from ibft.lab.language import run_program
-from ibft.lab.plan import CHOSEN_NAME, MIXED, NONE, Plan, full_plan, quick_plan
-from ibft.lab.sampling import behaviour
-from ibft.lab.tasks import run_operations
+from ibft.lab.plan import MIXED, NONE, Plan, full_plan
 
 TRAINING, MEMORISED, HELD_OUT, SAMPLES = 12, 6, 5, 5
 ARMS = ("sft", "sft-reference", "sft-filtered", "sft-unmemorised", "sft-half", "ib-published", "no-kl-0.002")
@@ -247,95 +238,6 @@ def test_a_folder_without_anything_to_report_is_left_alone(
         assert sorted(path.name for path in tmp_path.iterdir()) == ["bases", "lab.json"]
 
 
-def holding(file: Path) -> str:
-    """What locks a file for as long as its process lives."""
-    return (
-        f"import fcntl, time; file = open({str(file)!r}, 'w'); fcntl.flock(file, fcntl.LOCK_EX); "
-        "print('held', file=file, flush=True); time.sleep(600)"
-    )
-
-
-def wait_until_held(file: Path, process: "subprocess.Popen[str]") -> None:
-    while not file.exists() or file.read_text() != "held\n":
-        assert process.poll() is None
-        time.sleep(0.05)
-
-
-def wait_until_free(file: Path) -> None:
-    """Fails by the test's own time-out if the process that holds it lives on."""
-    deadline = time.monotonic() + 60
-    with open(file) as held:
-        while True:
-            try:
-                return fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                assert time.monotonic() < deadline, "the process lives on"
-                time.sleep(0.05)
-
-
-def test_a_process_ends_with_the_one_that_started_it(tmp_path: Path) -> None:
-    script = (
-        "from pathlib import Path; from ibft.lab.experiment import Piece, _run_pieces; "
-        f"_run_pieces([Piece(Path({str(tmp_path)!r}), (), exec, ({holding(tmp_path / 'lock')!r}, {{}}), str)], 1)"
-    )
-    parent = subprocess.Popen([sys.executable, "-c", script], text=True)
-    wait_until_held(tmp_path / "lock", parent)
-    parent.kill()
-    parent.wait()
-    wait_until_free(tmp_path / "lock")
-
-
-def test_ctrl_c_ends_all_processes_with_one_sentence(tmp_path: Path) -> None:
-    done = f"open({str(tmp_path / 'result.json')!r}, 'w').write('{{}}')"  # whose process then has nothing to do
-    script = (
-        "import sys; from ibft.cli import main; from ibft.lab import experiment; "
-        "experiment._pieces = lambda plan, output: "
-        f"iter([experiment.Piece(output / '..', (), exec, ({done!r}, {{}}), str), "
-        f"experiment.Piece(output, (), exec, ({holding(tmp_path / 'lock')!r}, {{}}), str)]); "
-        f"sys.exit(main(['lab', '--quick', '--output_dir', {str(tmp_path / 'out')!r}, '--workers', '2']))"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", script],
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
-    wait_until_held(tmp_path / "lock", process)
-    while not (tmp_path / "result.json").exists():
-        time.sleep(0.05)
-    time.sleep(0.5)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    _, error = process.communicate(timeout=60)
-    assert error == "ibft: interrupted; the same command goes on where it stopped.\n"
-    assert process.returncode == 128 + signal.SIGINT
-    wait_until_free(tmp_path / "lock")
-
-
-def test_ctrl_c_while_the_processes_start_prints_nothing_else(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "ibft", "lab", "--quick", "--output_dir", str(tmp_path / "out")]
-    process = subprocess.Popen(
-        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
-    )
-    assert process.stdout is not None and "19 of them to do" in process.stdout.readline()
-    time.sleep(0.7)  # they import PyTorch then
-    os.killpg(process.pid, signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    assert error == "ibft: interrupted; the same command goes on where it stopped.\n"
-    assert process.returncode == 128 + signal.SIGINT
-
-
-def test_a_piece_that_is_interrupted_says_how_the_experiment_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    again = pickle.loads(pickle.dumps(Interrupted("stopped; --resume goes on.", signal.SIGTERM)))
-    assert (str(again), again.number) == ("stopped; --resume goes on.", signal.SIGTERM)
-    code = "from ibft.errors import Interrupted; raise Interrupted('stopped; --resume goes on.', 15)"
-    monkeypatch.setattr(experiment, "_pieces", lambda *_: iter([Piece(tmp_path, (), exec, (code, {}), str)]))
-    assert main(["lab", "--quick", "--output_dir", str(tmp_path), "--workers", "1"]) == 128 + 15
-    assert capsys.readouterr().err == "ibft: interrupted; the same command goes on where it stopped.\n"
-
-
 def test_a_run_goes_on_after_one_of_its_processes_was_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -369,74 +271,3 @@ def test_a_folder_that_is_in_use_is_refused(finished: Path) -> None:
             run(finished, toy_plan())
     finally:
         os.close(lock)
-
-
-def test_tasks_of_a_seed_are_apart() -> None:
-    for plan in (quick_plan(1), full_plan((1,))):
-        tasks = Tasks.of(plan, 1)
-        parts = (tasks.training, tasks.decoys, tasks.held_out, tasks.others)
-        for attribute in ("name", "program"):
-            found = [getattr(task, attribute) for part in parts for task in part]
-            assert len(set(found)) == len(found)
-        assert len(tasks.held_out) == plan.held_out
-        repeated = {behaviour(task) for task in (*tasks.training, *tasks.decoys)}
-        assert repeated.isdisjoint(map(behaviour, tasks.held_out))
-        assert len(tasks.others) == plan.first_reading + plan.other_programs + plan.documented
-
-
-def test_each_product_of_weights_has_one_ablation_and_the_published_settings_are_those_of_the_preset() -> None:
-    from ibft.arguments import preset_values
-
-    arms = {arm.name: arm for arm in full_plan((0,)).arms}
-    ablations = [arm for arm in arms.values() if arm.group == "ablation"]
-    for ablation in ablations:
-        assert ablation.settings["kl_weight"] == 0 and ablation.of
-        for name in ablation.of:
-            product = arms[name].settings["alpha"] * arms[name].settings["beta"]
-            assert ablation.settings["alpha"] * ablation.settings["beta"] == pytest.approx(product)
-    products = [ablation.settings["alpha"] * ablation.settings["beta"] for ablation in ablations]
-    assert len(set(products)) == len(products)
-    covered = {name for ablation in ablations for name in ablation.of}
-    assert covered == {arm.name for arm in arms.values() if arm.group in ("published", "grid")} - {"ib-0.1-0.01"}
-    preset = preset_values("published")
-    assert arms["ib-published"].settings == {name: preset[name] for name in ("alpha", "beta")}
-    assert full_plan((0,)).bottleneck_dim == preset["bottleneck_dim"]
-
-
-def test_no_two_pieces_are_the_same_training() -> None:
-    for plan in (quick_plan(0), full_plan((0,))):
-        pieces = [
-            (regime.base, arm.rows, arm.again, tuple(sorted(arm.train_settings.items())))
-            for regime in plan.regimes
-            for arm in plan.arms
-            if plan.includes(regime, arm)
-        ]
-        assert len(set(pieces)) == len(pieces)
-        for regime in plan.regimes:
-            if regime.memorised:  # what the barrier is measured against is run once, and is there for each
-                names = {arm.name for arm in plan.arms if plan.source(regime, arm)}
-                assert {"sft", "sft-reference", CHOSEN_NAME, f"{CHOSEN_NAME}-reference"} <= names
-
-
-def test_bases_differ_in_what_they_repeat_and_in_nothing_else() -> None:
-    for plan in (quick_plan(0), full_plan((0,))):
-        regimes = {regime.name: regime for regime in plan.regimes}
-        for regime in plan.regimes:
-            assert (regime.memorised + regime.decoys) * regime.repeats <= plan.second_reading
-            if regime.reference:
-                reference = regimes[regime.reference]
-                assert reference.memorised == 0
-                assert (reference.decoys, reference.repeats) == (regime.memorised + regime.decoys, regime.repeats)
-
-
-def test_the_probes_tell_programs_apart() -> None:
-    from ibft.lab.sampling import judge, probe_lists
-
-    lists = probe_lists()
-    tasks = Tasks.of(quick_plan(0), 0).held_out
-    for task, other in itertools.pairwise(tasks):
-        assert judge(task, task.program) == "correct"
-        same = all(run_operations(task.operations, xs) == run_operations(other.operations, xs) for xs in lists)
-        assert (judge(task, other.program) == "correct") == same
-        assert judge(task, task.program.replace("return", "retrun")) == "invalid"
-        assert run_program(task.program, lists) == [run_operations(task.operations, xs) for xs in lists]

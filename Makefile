@@ -7,7 +7,8 @@ INSTALLED := .venv/.installed
 CSRC := $(shell find ibkernels/csrc -type f)
 
 # A GPU machine needs torch, triton, numpy and pytest, and no installation: everything runs from the source tree.
-# `make gpu DRY=1` runs it all at toy sizes in Triton's interpreter; OUT names the folder for results.
+# `make gpu DRY=1` runs it all at toy sizes in Triton's interpreter (that of Triton 3.6 needs numpy below 2.4); OUT names
+# the folder for results.
 GPU_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 DRY_RUN := $(if $(filter-out 0,$(DRY)),IBKERNELS_DRY=1 TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES=)
 

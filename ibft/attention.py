@@ -33,6 +33,7 @@ _INSTALL = {
     "flash_attention_2": 'pip install "ibft[flash]"',
 }
 _KERNEL_TAKES_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters  # from torch 2.12 on
+_NO_SOFTCAP = "it has no softcap on attention scores, which the model has"
 _CUDA_CAPABILITY = 8  # of the oldest GPU that flash kernels run on, Ampere
 
 
@@ -56,7 +57,7 @@ class Attention(NamedTuple):
     def leave(self, model: PreTrainedModel) -> None:
         """Makes a trained model fit for anything: what is registered here is for batches of a loader alone."""
         if self.takes_lengths:
-            model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+            model.set_attn_implementation(_sdpa_or_eager(type(model), model.config))
 
 
 def select_attention(
@@ -104,6 +105,15 @@ def select_attention(
     return Attention(name, f"{kept}; varlen: {obstacles['varlen']}")
 
 
+def plain_attention(base_config: PreTrainedConfig) -> str:
+    """What takes any batch, padded on the left or with a cache: "sdpa", or "eager" for a model that it is wrong for."""
+    return _sdpa_or_eager(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(base_config), None), base_config)
+
+
+def _sdpa_or_eager(model: Any, config: PreTrainedConfig) -> str:
+    return "sdpa" if _sdpa_obstacle(model, config.get_text_config()) is None else "eager"
+
+
 def _obstacle(name: str, device: torch.device, dtype: torch.dtype, base_config: PreTrainedConfig) -> str | None:
     """Why an implementation cannot serve; None where it can. In the order in which a user would want to know."""
     config = base_config.get_text_config()
@@ -111,7 +121,7 @@ def _obstacle(name: str, device: torch.device, dtype: torch.dtype, base_config: 
     if name == "eager":
         return None
     if name == "sdpa":
-        return None if getattr(model, "_supports_sdpa", True) else f"{model.__name__} does not run with it"
+        return _sdpa_obstacle(model, config)
     if device.type == "cuda":
         if torch.cuda.get_device_capability(device)[0] < _CUDA_CAPABILITY:
             return "it needs a GPU of compute capability 8.0 (Ampere) or newer"
@@ -147,9 +157,15 @@ def _missing(name: str, softcap: bool) -> str | None:
     return None
 
 
+def _sdpa_obstacle(model: Any, config: Any) -> str | None:
+    if getattr(config, "attn_logit_softcapping", None):  # transformers 5.17 would run it, without its softcap
+        return _NO_SOFTCAP
+    return None if getattr(model, "_supports_sdpa", True) else f"{model.__name__} does not run with it"
+
+
 def _varlen_obstacle(model: Any, config: Any, device: torch.device) -> str | None:
     if getattr(config, "attn_logit_softcapping", None):
-        return "it has no softcap on attention scores, which the model has"
+        return _NO_SOFTCAP
     if not getattr(model, "_supports_sdpa", False):  # attention sinks and the like
         return f"{model.__name__} computes its attention in a way of its own"
     if device.type == "cpu":

@@ -230,7 +230,7 @@ def _write_merged(source: Source, base_model: str | None, config: ExportConfig, 
     if base_model is None:
         raise InputError(f"{source.folder / _CONFIG} names no base model; name it with --base_model.")
     try:
-        base = load_base_model(base_model, "auto", "sdpa", torch.device("cpu"))
+        base = load_base_model(base_model, "auto", None, torch.device("cpu"))
         tokenizer = own_tokenizer(source) or load_tokenizer(base_model)
     except InputError as error:
         if config.base_model is not None:

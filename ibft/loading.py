@@ -26,6 +26,7 @@ from transformers import (
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.utils import logging
 
+from ibft.attention import plain_attention
 from ibft.errors import InputError
 
 if TYPE_CHECKING:
@@ -58,14 +59,20 @@ def load_base_config(name: str) -> PreTrainedConfig:
 
 
 def load_base_model(
-    name: str, dtype: torch.dtype | str, attn_implementation: str, device: torch.device, load_in_4bit: bool = False
+    name: str,
+    dtype: torch.dtype | str,
+    attn_implementation: str | None,
+    device: torch.device,
+    load_in_4bit: bool = False,
 ) -> PreTrainedModel:
     """A causal language model in evaluation mode on `device`; dtype "auto": that of its file.
 
+    attn_implementation: None for what takes any batch, `plain_attention`.
     load_in_4bit: the weights of its linear layers but the head in NF4 with double quantisation (QLoRA), computing in
     `dtype`. Raises InputError when it cannot be loaded.
     """
     _check_folder(name)
+    attention = attn_implementation or plain_attention(load_base_config(name))
     quantized = (
         BitsAndBytesConfig(
             load_in_4bit=True,
@@ -80,7 +87,7 @@ def load_base_model(
         model = AutoModelForCausalLM.from_pretrained(
             name,
             dtype=dtype,
-            attn_implementation=attn_implementation,
+            attn_implementation=attention,
             trust_remote_code=False,  # else it would ask, and on every process
             # Straight to the GPU: no copy of the whole model in the host's memory, once per process.
             device_map={"": device} if device.type == "cuda" or load_in_4bit else None,

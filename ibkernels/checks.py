@@ -7,7 +7,7 @@ from torch import Tensor
 def compute_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype an op computes in: that of the tensor, or of autocast where it is on."""
     device = tensor.device.type
-    if tensor.dtype == torch.float64 or not torch.amp.is_autocast_available(device):  # the meta device has none
+    if tensor.dtype == torch.float64 or tensor.is_meta:  # that device has no autocast, and asking for it raises
         return tensor.dtype
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)

@@ -84,7 +84,7 @@ def load_model(name: str, adapter: Source | None, dtype: str, device: torch.devi
 
     InputError where it cannot be loaded, or the adapter was trained on another model.
     """
-    base = load_base_model(name, "auto", "sdpa", device)
+    base = load_base_model(name, "auto", None, device)
     found = fingerprint(base)
     record = adapter.record if adapter is not None else {}
     # A run in 4 bits knows the fingerprint of other weights than are loaded here.

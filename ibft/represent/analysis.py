@@ -120,12 +120,12 @@ class Analysis:
         return entries
 
     def _models(self, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, Any]]:
-        base = load_base_model(self.base_model, "auto", "sdpa", self.device)
+        base = load_base_model(self.base_model, "auto", None, self.device)
         self._check(base, tokenizer)
         yield BASE, cast_weights(base, self.dtype)
         for adapter in self.adapters:
             del base  # an adapter may have changed more than can be taken back (modules_to_save, biases)
-            base = cast_weights(load_base_model(self.base_model, "auto", "sdpa", self.device), self.dtype)
+            base = cast_weights(load_base_model(self.base_model, "auto", None, self.device), self.dtype)
             try:
                 model = IBModel.from_pretrained(base, adapter.source.folder)
             except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:

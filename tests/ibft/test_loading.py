@@ -12,7 +12,7 @@ import pytest
 import torch
 from oracle import random_batch, tiny_model, wrap
 from peft.tuners.lora import LoraLayer
-from transformers import LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 import ibft.loading
 from ibft import IBConfig, InputError
@@ -138,6 +138,28 @@ def test_adapters_compute_in_the_dtype_of_the_base_model() -> None:
     trained = {p.dtype for p in model.parameters() if p.requires_grad}
     assert trained == {torch.float32} == {p.grad.dtype for p in model.parameters() if p.grad is not None}
     assert not autocast(CPU, torch.float32)._enabled  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "expected"),
+    [
+        ("llama", {}, "sdpa"),
+        ("gemma2", {"query_pre_attn_scalar": 8, "attn_logit_softcapping": 0.05}, "eager"),
+        ("gpt_oss", {"num_local_experts": 2, "num_experts_per_tok": 1}, "eager"),  # attention sinks
+    ],
+)
+def test_a_model_is_loaded_with_an_attention_that_computes_it(
+    kind: str, settings: dict[str, Any], expected: str, tmp_path: Path
+) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 50, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = AutoConfig.for_model(kind, **sizes, **heads, **settings)
+    AutoModelForCausalLM.from_config(config, attn_implementation="eager").save_pretrained(tmp_path)
+    loaded = load_base_model(str(tmp_path), "auto", None, CPU)
+    assert loaded.config._attn_implementation == expected
+    eager = load_base_model(str(tmp_path), "auto", "eager", CPU)
+    tokens = torch.arange(20)[None]
+    torch.testing.assert_close(loaded(tokens).logits, eager(tokens).logits)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

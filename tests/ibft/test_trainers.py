@@ -366,7 +366,7 @@ def test_sft_trainer_in_mixed_precision(config: Callable[..., TrainConfig], tmp_
 
 def test_dft_is_refused(config: Callable[..., TrainConfig], tmp_path: Path) -> None:
     trainer = sft_trainer(OwnLoop(config()), tmp_path / "trl", loss_type="dft")
-    with pytest.raises((InputError, ValueError), match="dft"):
+    with pytest.raises((InputError, ValueError), match=r"dft|compute_loss_func"):  # as trl 1.14 has it
         trainer.train()
 
 

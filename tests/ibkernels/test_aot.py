@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.version import Version
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
 CHIPS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 
@@ -28,6 +29,13 @@ def check_rows(rows: list[dict[str, Any]]) -> None:
         assert row["config"].keys() >= {"num_warps", "num_stages"}
 
 
+# The table's configurations are those of Triton 3.7; 3.6 spills registers in a few of them.
+of_its_triton = pytest.mark.skipif(
+    Version(triton.__version__) < Version("3.7"), reason=f"triton {triton.__version__} spills a few bytes"
+)
+
+
+@of_its_triton
 def test_one_shape_of_every_kernel_on_every_chip(tmp_path: Path) -> None:
     result = aot("--canonical", "--json", str(tmp_path / "rows.json"))
     assert result.returncode == 0, result.stdout + result.stderr
@@ -47,6 +55,7 @@ print(json.dumps([aot.compile_job(job) for job in jobs]))
 """
 
 
+@of_its_triton
 def test_the_other_options_of_every_kernel() -> None:
     """They are code of their own, which the interpreter takes and the compiler may not."""
     command = [sys.executable, "-c", _OTHER_OPTIONS]
@@ -55,6 +64,7 @@ def test_the_other_options_of_every_kernel() -> None:
     assert {row["variant"] for row in rows} >= {"every option", "evaluation", "without a bias", "ragged H", "odd R"}
 
 
+@of_its_triton
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # some 800 compilations
 def test_every_shipped_configuration(tmp_path: Path) -> None:

@@ -155,8 +155,10 @@ def test_sentencepiece_puts_no_space_before_an_answer() -> None:
 # white space around an answer too, and Phi's the EOS after a whole conversation.
 MARKED = [
     "llama3", "qwen2_5", "qwen3", "qwen3_instruct_2507", "gemma", "gemma3", "phi3", "phi3_5", "cohere", "cohere2",
-    "lfm2", "lfm2_v2", "glm4moe",
+    "lfm2", "glm4moe",
 ]  # fmt: skip
+if (TRL_TEMPLATES / "lfm2_v2_training.jinja").exists():  # from trl 1.15 on
+    MARKED.append("lfm2_v2")
 
 
 @pytest.mark.parametrize("name", MARKED)

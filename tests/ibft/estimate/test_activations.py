@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from benchmarks.measure import can_measure_memory
 from ibft import IBConfig, IBModel
 from ibft.architecture import CausalLM
+from ibft.attention import _KERNEL_TAKES_GROUPS
 from ibft.estimate.activations import Activations, measure_activations
 from ibft.estimate.cost import ModelCost
 from ibft.estimate.step import memory
@@ -65,6 +66,8 @@ def test_activations_of_a_layer_by_hand() -> None:
     """float32, without dropout or adapters but one: RMSNorm saves its input's inverse norm [T] and what it scales."""
     activations = measure_activations(outline(TINY, torch.float32), lora(r=4, target_modules=["down_proj"]))
     hidden, keys, inner, rank, heads = 32, 16, 80, 4, 4
+    if not _KERNEL_TAKES_GROUPS:
+        keys = hidden  # one for each head of queries
     attention = hidden + 2 * keys + hidden + heads  # q, k, v, output, log-sum-exp
     rope = 2 * 8  # cosines and sines, which the first layer, whose input takes no gradient, does not need
     norms = 2 * (hidden + 1)  # the residual stream and 1 / rms

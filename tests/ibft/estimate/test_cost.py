@@ -71,6 +71,10 @@ def test_decoder_flops_are_those_that_torch_counts(kind: str) -> None:
     cost, rows, length = ModelCost.of(model), 2, 24
     parts, ids = CausalLM.of(model.get_base_model()), torch.randint(0, 96, (rows, length))
     forward, backward = counted(lambda: parts.decode(input_ids=ids))
+    if kind == "llama":  # transformers up to 5.17 makes the angles of RoPE by a product, which is not counted
+        with FlopCounterMode(display=False) as angles:
+            base.model.rotary_emb(torch.ones(1), torch.arange(length)[None])
+        forward -= angles.get_total_flops()
     # eager attention computes all pairs, the masked ones too
     flops = cost.flops(rows * length, 0, [rows * length**2] * cost.num_layers)
     assert (flops.decoder_forward, flops.decoder_backward) == (forward, backward)

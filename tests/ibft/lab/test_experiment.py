@@ -77,7 +77,7 @@ def test_what_a_finished_experiment_holds(finished: Path) -> None:
     assert shared == {"sft-reference": {**plain, "regime": "mixed", "arm": "sft-reference", "shared": "none"}}
     pieces = [json.loads(file.read_text()) for file in finished.rglob(RESULT_NAME)]
     assert results["processor_seconds"] == pytest.approx(sum(piece["processor_seconds"] for piece in pieces))
-    assert results["versions"]["torch"] == torch.__version__ and cpu_name() in results["device"]
+    assert torch.__version__.startswith(results["versions"]["torch"]) and cpu_name() in results["device"]
     ends = [piece["made"]["finished"] for piece in pieces]
     assert results["finished"] == {"first": min(ends), "last": max(ends)}
     assert results["command"] == "ibft lab --full --seed 3 --seeds 1"

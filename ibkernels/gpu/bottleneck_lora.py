@@ -442,9 +442,8 @@ def _through_a(
 
     def run(config: Config) -> Tensor | None:
         tiles = triton.cdiv(size, config.blocks["BH"])
-        splits, rows_per_split = _shares(
-            num_tokens, config.blocks["BM"], 2 * configs.processors(hidden.device) // tiles
-        )
+        at_once = 2 * configs.processors(hidden.device)  # programs: of the shipped configurations, two fit on each
+        splits, rows_per_split = _shares(num_tokens, config.blocks["BM"], at_once // tiles)
         partial = hidden.new_empty((splits, rank, size), dtype=torch.float32) if needs[1] else None
         bottleneck_lora_bwd_hidden_kernel[(tiles, splits)](
             grad_t,

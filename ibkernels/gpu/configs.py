@@ -275,7 +275,7 @@ def splits(device: torch.device, row_blocks: int, column_blocks: int) -> int:
 
 @functools.cache
 def processors(device: torch.device) -> int:
-    """How many programs a GPU runs at a time, if each fills a processor of its; a few on the CPU."""
+    """How many multiprocessors a GPU has; a few on the CPU, where the interpreter runs."""
     if device.type == "cpu":
         return 8
     return torch.cuda.get_device_properties(device).multi_processor_count

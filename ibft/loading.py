@@ -72,7 +72,6 @@ def load_base_model(
     `dtype`. Raises InputError when it cannot be loaded.
     """
     _check_folder(name)
-    attention = attn_implementation or plain_attention(load_base_config(name))
     quantized = (
         BitsAndBytesConfig(
             load_in_4bit=True,
@@ -84,10 +83,12 @@ def load_base_model(
         else None
     )
     try:
+        if attn_implementation is None:
+            attn_implementation = plain_attention(AutoConfig.from_pretrained(name, trust_remote_code=False))
         model = AutoModelForCausalLM.from_pretrained(
             name,
             dtype=dtype,
-            attn_implementation=attention,
+            attn_implementation=attn_implementation,
             trust_remote_code=False,  # else it would ask, and on every process
             # Straight to the GPU: no copy of the whole model in the host's memory, once per process.
             device_map={"": device} if device.type == "cuda" or load_in_4bit else None,

@@ -98,7 +98,7 @@ _LINEAR = Kernel(
 
 KERNELS = {
     "bottleneck_linear_fwd": _LINEAR,
-    "bottleneck_linear_fwd_few": _LINEAR._replace(widths=(256,)),
+    "bottleneck_linear_fwd_half": _LINEAR._replace(widths=(256,)),
     "bottleneck_linear_bwd": Kernel(
         "bottleneck_linear",
         "bottleneck_linear_bwd_kernel",
@@ -187,7 +187,7 @@ KERNELS = {
         multiplies=False,
     ),
 }
-DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
+DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4, "tf32": 4}  # tf32: float32 whose products are in that precision
 _CANONICAL = {
     "bottleneck_linear_fwd": 256,
     "cross_entropy_fwd": 256,
@@ -216,7 +216,7 @@ def jobs(archs: Sequence[str], canonical: bool) -> list[Job]:
             for dtype in ("bf16",) if canonical else DTYPES:
                 widths = (_CANONICAL.get(name, kernel.widths[0]),) if canonical else kernel.widths
                 variants = ("", *kernel.variants) if dtype == "bf16" and not canonical else ("",)
-                limit = configs.widest(name, DTYPES[dtype], arch)
+                limit = configs.widest(name, DTYPES[dtype], arch) if kernel.multiplies or dtype != "tf32" else 0
                 found += [
                     Job(name, arch, dtype, width, variant) for width in widths if width <= limit for variant in variants
                 ]
@@ -256,12 +256,13 @@ def compiled_kernel(job: Job, config: Any) -> Any:
     constants: dict[str, Any] = {
         **flags,
         **config.blocks,
-        "PRECISION": "ieee",
+        "PRECISION": "tf32" if job.dtype == "tf32" else "ieee",
         **dict.fromkeys(("BD", "BR"), max(16, triton.next_power_of_2(job.width))),
     }
     names = [parameter.name for parameter in function.params]
+    element = "fp32" if job.dtype == "tf32" else job.dtype
     signature = {
-        name: kernel.types[name].replace("T", job.dtype) if name in kernel.types else "constexpr" for name in names
+        name: kernel.types[name].replace("T", element) if name in kernel.types else "constexpr" for name in names
     }
     # An argument that neither a type nor a flag names is one that this combination of flags does not have.
     constants = {name: constants.get(name) for name in names if signature[name] == "constexpr"}
@@ -289,7 +290,7 @@ def _faults(row: dict[str, Any], chip: Chip, multiplies: bool) -> list[str]:
         faults.append(f"needs {row['shared_bytes']} bytes of shared memory of {chip.shared_bytes}")
     if row["tensor_memory_columns"] > TENSOR_MEMORY_COLUMNS:
         faults.append(f"needs {row['tensor_memory_columns']} columns of tensor memory of {TENSOR_MEMORY_COLUMNS}")
-    if multiplies and row["dtype"] != "fp32" and not row["mma"]:
+    if multiplies and row["dtype"] in ("bf16", "fp16") and not row["mma"]:
         faults.append(f"has no {chip.matrix}")
     return faults
 

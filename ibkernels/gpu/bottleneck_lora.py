@@ -284,8 +284,8 @@ def bottleneck_lora_bwd_hidden_kernel(
 ):
     """grad_hidden = grad_t A and grad_a = grad_t^T hidden for a tile of columns, over a share of the rows.
 
-    Bound by memory. A library's GEMM for grad_a has as many tiles as there are here, too few for a GPU, and reads while
-    nothing is written.
+    Bound by memory. A library's GEMM for grad_a has as many tiles of columns as there are here, too few for a GPU
+    unless it splits the sum too, and reads while nothing is written.
     """
     o_h = tl.program_id(0) * BH + tl.arange(0, BH)
     split = tl.program_id(1)
@@ -442,7 +442,8 @@ def _through_a(
 
     def run(config: Config) -> Tensor | None:
         tiles = triton.cdiv(size, config.blocks["BH"])
-        at_once = 2 * configs.processors(hidden.device)  # programs: of the shipped configurations, two fit on each
+        # Programs at once: of what is shipped for an H100, two fit on a multiprocessor up to rank 64, else one.
+        at_once = (2 if rank <= 64 else 1) * configs.processors(hidden.device)
         splits, rows_per_split = _shares(num_tokens, config.blocks["BM"], at_once // tiles)
         partial = hidden.new_empty((splits, rank, size), dtype=torch.float32) if needs[1] else None
         bottleneck_lora_bwd_hidden_kernel[(tiles, splits)](

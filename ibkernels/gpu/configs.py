@@ -49,8 +49,8 @@ _SHIPPED: dict[str, dict[int, list[tuple[int, dict[str, Config | None]]]]] = {
         ],
         4: [(ANY, {"default": _config(4, 2, BM=64, BK=32, BH=32)})],
     },
-    # The same kernel with so few rows that tiles as large as these would leave half of the processors idle.
-    "bottleneck_linear_fwd_few": {
+    # The same kernel where tiles as large as these would leave many processors idle, all the time or in the last wave.
+    "bottleneck_linear_fwd_half": {
         2: [(ANY, {"default": _config(8, 3, BM=128, BK=64, BH=64), "sm_80": _config(8, 4, BM=128, BK=64, BH=32)})],
     },
     "bottleneck_linear_bwd": {size: [(ANY, {"default": _config(4, 2, BM=32, BK=64)})] for size in (2, 4)},
@@ -87,7 +87,16 @@ _SHIPPED: dict[str, dict[int, list[tuple[int, dict[str, Config | None]]]]] = {
                 },
             ),
         ],
-        4: [(32, {"default": _config(4, 2, BM=64, BK=32), "sm_89": _config(4, 2, BM=32, BK=32)})],
+        4: [
+            (
+                32,
+                {
+                    "default": _config(4, 2, BM=64, BK=32),
+                    "sm_89": _config(4, 2, BM=32, BK=32),
+                    "sm_100": _config(4, 2, BM=32, BK=32),
+                },
+            ),
+        ],
     },
     "bottleneck_lora_bwd_hidden": {
         2: [

@@ -14,6 +14,8 @@ from packaging.version import Version
 
 triton = pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
+# The table's configurations are those of Triton 3.7: 3.6 spills registers in a few of them.
+SPILLS = Version(triton.__version__) < Version("3.7")
 CHIPS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 
 
@@ -24,21 +26,15 @@ def aot(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def check_rows(rows: list[dict[str, Any]]) -> None:
     for row in rows:
-        assert row["faults"] == []
-        assert row["registers"] > 0 and row["spill_bytes"] <= 32 and row["spills_in_loops"] == 0
+        faults = [fault for fault in row["faults"] if not (SPILLS and fault.startswith("spills"))]
+        assert faults == [] and row["registers"] > 0
+        assert SPILLS or (row["spill_bytes"] <= 32 and row["spills_in_loops"] == 0)
         assert row["config"].keys() >= {"num_warps", "num_stages"}
 
 
-# The table's configurations are those of Triton 3.7; 3.6 spills registers in a few of them.
-of_its_triton = pytest.mark.skipif(
-    Version(triton.__version__) < Version("3.7"), reason=f"triton {triton.__version__} spills a few bytes"
-)
-
-
-@of_its_triton
 def test_one_shape_of_every_kernel_on_every_chip(tmp_path: Path) -> None:
     result = aot("--canonical", "--json", str(tmp_path / "rows.json"))
-    assert result.returncode == 0, result.stdout + result.stderr
+    assert SPILLS or result.returncode == 0, result.stdout + result.stderr
     rows = json.loads((tmp_path / "rows.json").read_text())
     check_rows(rows)
     kernels = {row["kernel"] for row in rows}
@@ -55,7 +51,6 @@ print(json.dumps([aot.compile_job(job) for job in jobs]))
 """
 
 
-@of_its_triton
 def test_the_other_options_of_every_kernel() -> None:
     """They are code of their own, which the interpreter takes and the compiler may not."""
     command = [sys.executable, "-c", _OTHER_OPTIONS]
@@ -64,12 +59,11 @@ def test_the_other_options_of_every_kernel() -> None:
     assert {row["variant"] for row in rows} >= {"every option", "evaluation", "without a bias", "ragged H", "odd R"}
 
 
-@of_its_triton
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # some 800 compilations
 def test_every_shipped_configuration(tmp_path: Path) -> None:
     result = aot("--json", str(tmp_path / "rows.json"))
-    assert result.returncode == 0, result.stdout + result.stderr
+    assert SPILLS or result.returncode == 0, result.stdout + result.stderr
     check_rows(json.loads((tmp_path / "rows.json").read_text()))
 
 

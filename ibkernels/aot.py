@@ -119,7 +119,7 @@ KERNELS = {
         {**_RAGGED, **_ODD_RANK},
     ),
     "bottleneck_lora_bwd_t": Kernel(
-        "bottleneck_lora",
+        "bottleneck_lora_bwd",
         "bottleneck_lora_bwd_t_kernel",
         {**_LORA_BACKWARD, "grad_t": "*T"},
         {"HAS_BIAS": True, **_BACKWARD},
@@ -127,7 +127,7 @@ KERNELS = {
         _ODD_RANK,
     ),
     "bottleneck_lora_bwd_b": Kernel(
-        "bottleneck_lora",
+        "bottleneck_lora_bwd",
         "bottleneck_lora_bwd_b_kernel",
         {**_LORA_BACKWARD, "grad_b": "*fp32", "grad_bias": "*fp32"},
         {"HAS_BIAS": True, **_BACKWARD},
@@ -135,7 +135,7 @@ KERNELS = {
         _ODD_RANK,
     ),
     "bottleneck_lora_bwd_hidden": Kernel(
-        "bottleneck_lora",
+        "bottleneck_lora_bwd",
         "bottleneck_lora_bwd_hidden_kernel",
         {
             **{"grad_t": "*T", "hidden": "*T", "lora_a": "*T", "grad_hidden": "*T", "grad_a": "*fp32"},

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ibkernels.gpu import bottleneck_linear, bottleneck_lora
+from ibkernels.gpu import bottleneck_linear, bottleneck_lora, bottleneck_lora_bwd
 from ibkernels.gpu.launch import mm_float32
 
 
@@ -60,7 +60,7 @@ def bottleneck_backward(
         )
         grad_b = None
     elif bottleneck_lora.holds(hidden, weight.shape[0]):
-        grad_hidden, grad_weight, grad_b, grad_bias = bottleneck_lora.backward(
+        grad_hidden, grad_weight, grad_b, grad_bias = bottleneck_lora_bwd.backward(
             *upstream, weight, lora_b, bias, rng, rows, saved[0], logvar_range, kl_scale, needs
         )
     else:

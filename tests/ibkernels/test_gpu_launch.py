@@ -15,7 +15,15 @@ pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("there is a GPU: tests/gpu runs the kernels there", allow_module_level=True)
 
-from ibkernels.gpu import bottleneck_linear, bottleneck_lora, configs, heads, launch, wide_cross_entropy
+from ibkernels.gpu import (
+    bottleneck_linear,
+    bottleneck_lora,
+    bottleneck_lora_bwd,
+    configs,
+    heads,
+    launch,
+    wide_cross_entropy,
+)
 
 N, H, K, R, V = 21, 37, 19, 5, 45
 CHIPS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "gfx90a", "gfx942", "gfx950")
@@ -108,7 +116,7 @@ class Recorder:
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     """Of every kernel of the bottleneck, in the configurations of an H100."""
     recorder = Recorder()
-    for module in (bottleneck_linear, bottleneck_lora):
+    for module in (bottleneck_linear, bottleneck_lora, bottleneck_lora_bwd):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, recorder)
     monkeypatch.setattr(configs, "chip", lambda device: "sm_90")
@@ -255,7 +263,7 @@ def test_a_rank_that_does_not_fit_on_chip_gives_the_same(
     assert fused == (rank == 32)
     if not fused:
         monkeypatch.setattr(bottleneck_lora, "forward", None)  # would fail
-        monkeypatch.setattr(bottleneck_lora, "backward", None)
+        monkeypatch.setattr(bottleneck_lora_bwd, "backward", None)
     ours, exact = bottleneck("triton", "lora", rank, dtype), bottleneck("reference", "lora", rank, dtype)
     assert_close(ours, exact, 1e-5 if dtype == torch.float32 else 4e-3)
 

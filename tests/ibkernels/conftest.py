@@ -3,6 +3,7 @@
 A backend that `ibkernels.backends` gains is tested without a line changed here. Uninitialised memory is NaN throughout.
 """
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -72,6 +73,18 @@ def poisoned_memory() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(before[0])
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.fixture(autouse=True)
+def watched() -> Iterator[None]:
+    """Kernels that run in Triton's interpreter use no memory that they would not on a GPU, whatever a test is about."""
+    if importlib.util.find_spec("triton") is None:
+        yield
+        return
+    from kernel_memory import watch
+
+    with watch():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -39,13 +39,16 @@ CASES: dict[str, dict[str, Any]] = {
     "one-dimension": {"width": 1},
     "sixteen-dimensions": {"width": 16},
     "three-tiles-of-dimensions": {"width": 40},
+    "whole-tiles-of-features": {"features": 32},
     "only-z": {"upstream": "z"},
     "only-kl": {"upstream": "kl"},
     "only-z-evaluation": {"upstream": "z", "rng": None},
 }
 
 
-def make_inputs(encoder: str, dtype: torch.dtype, shape=(37,), width=K, bias=True, layout="contiguous", **_) -> dict:
+def make_inputs(
+    encoder: str, dtype: torch.dtype, shape=(37,), width=K, features=H, bias=True, layout="contiguous", **_
+) -> dict:
     """Values that `dtype` represents; the parameters are float32 (float64 for float64).
 
     Raw logvar is near -8, 0 or 8, by the first feature: clamped below, not at all or above, and never so close to a
@@ -57,24 +60,24 @@ def make_inputs(encoder: str, dtype: torch.dtype, shape=(37,), width=K, bias=Tru
         return torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
 
     if layout == "strided":
-        hidden = normal(2 * shape[0], *shape[1:], H)[::2]
+        hidden = normal(2 * shape[0], *shape[1:], features)[::2]
     elif layout == "transposed":
-        hidden = normal(*reversed(shape), H).transpose(0, 1)
+        hidden = normal(*reversed(shape), features).transpose(0, 1)
     elif layout == "columns":
-        hidden = normal(*shape, H + 5)[..., 2:-3]
+        hidden = normal(*shape, features + 5)[..., 2:-3]
     else:
-        hidden = normal(*shape, H)
+        hidden = normal(*shape, features)
     assert hidden.is_contiguous() == (layout == "contiguous")
     hidden[..., 0] = normal(*hidden.shape[:-1]).round().clamp(-1, 1)
     spread = torch.tensor([0.5, 0.8]).repeat_interleave(width)[:, None]  # of mu, of raw logvar about its centre
     centre = 8 * torch.cat([torch.zeros(width), torch.ones(width)]) * (-1) ** torch.arange(2 * width)
     if encoder == "linear":
-        weight = normal(2 * width, H) * spread / H**0.5
+        weight = normal(2 * width, features) * spread / features**0.5
         weight[:, 0] = centre
         parameters = {"weight": weight}
     else:
-        lora_a, lora_b = normal(R, H) / H**0.5, normal(2 * width, R) * spread / R**0.5
-        lora_a[:, 0], lora_a[0], lora_b[:, 0] = 0, torch.eye(H)[0], centre
+        lora_a, lora_b = normal(R, features) / features**0.5, normal(2 * width, R) * spread / R**0.5
+        lora_a[:, 0], lora_a[0], lora_b[:, 0] = 0, torch.eye(features)[0], centre
         parameters = {"lora_a": lora_a, "lora_b": lora_b}
     if bias:
         parameters["bias"] = normal(2 * width) * 0.3

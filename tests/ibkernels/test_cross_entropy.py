@@ -48,6 +48,7 @@ CASES: dict[str, dict[str, Any]] = {
     "all-ignored-weighted": {"ignored": 1.0, "token_weight": torch.float32},
     "many-blocks-of-words": {"vocabulary": 120},
     "one-word": {"vocabulary": 1},
+    "widths-within-a-block": {"sizes": (40, 35), "label_smoothing": 0.2},
 }
 
 
@@ -58,8 +59,16 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference.cross_entropy, "_HEAD_BYTES", 17 * H * 4)
 
 
-def make_inputs(head: str, dtype: torch.dtype, n: int = N, vocabulary: int = V, biases: bool = True) -> dict:
+def make_inputs(
+    head: str,
+    dtype: torch.dtype,
+    n: int = N,
+    vocabulary: int = V,
+    biases: bool = True,
+    sizes: tuple[int, int] = (H, K),
+) -> dict:
     """Values that `dtype` represents: activations and the head in it, the rest in float32 (float64 for float64)."""
+    hidden_size, width = sizes
     generator = torch.Generator().manual_seed(1)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -67,10 +76,14 @@ def make_inputs(head: str, dtype: torch.dtype, n: int = N, vocabulary: int = V, 
         return torch.randn(size, generator=generator, dtype=torch.float64).to(dtype).to(kept)
 
     if head == "linear":
-        inputs = {"input": normal(n, H, kept=dtype)}
+        inputs = {"input": normal(n, hidden_size, kept=dtype)}
     else:
-        inputs = {"z": normal(n, K, kept=dtype), "up_weight": normal(H, K) / 2, "up_bias": normal(H)}
-    inputs |= {"head_weight": normal(vocabulary, H, kept=dtype) / 4, "head_bias": normal(vocabulary)}
+        inputs = {
+            "z": normal(n, width, kept=dtype),
+            "up_weight": normal(hidden_size, width) / 2,
+            "up_bias": normal(hidden_size),
+        }
+    inputs |= {"head_weight": normal(vocabulary, hidden_size, kept=dtype) / 4, "head_bias": normal(vocabulary)}
     return {name: tensor for name, tensor in inputs.items() if biases or not name.endswith("bias")}
 
 
@@ -78,6 +91,8 @@ def make_targets(n: int, vocabulary: int, ignored: float, ignore_index: int, tok
     generator = torch.Generator().manual_seed(2)
     labels = torch.randint(0, vocabulary, (n,), generator=generator)
     labels[torch.rand(n, generator=generator) < ignored] = ignore_index
+    if ignored < 1:
+        labels[:1] = vocabulary - 1  # beyond its row there is no memory of the head's
     weights = torch.rand(n, generator=generator) * 2
     if token_weight == torch.bool:
         return labels, weights > 1
@@ -144,7 +159,7 @@ def prepare(head: str, dtype: torch.dtype, case: dict[str, Any]) -> tuple[dict[s
     """The inputs, the labels, and the op's options of a case."""
     options = dict(case)
     n, vocabulary, ignored = options.pop("n", N), options.pop("vocabulary", V), options.pop("ignored", 0.3)
-    inputs = make_inputs(head, dtype, n, vocabulary, options.pop("biases", True))
+    inputs = make_inputs(head, dtype, n, vocabulary, options.pop("biases", True), options.pop("sizes", (H, K)))
     labels, weights = make_targets(
         n, vocabulary, ignored, options.get("ignore_index", -100), options.pop("token_weight", None)
     )

@@ -61,7 +61,11 @@ class Kernel(NamedTuple):
 
 _BOTTLENECK = {"rng": "*i64", "rows": "*i64", **dict.fromkeys(("kl_scale", "logvar_min", "logvar_max"), "fp32")}
 _SIZES = dict.fromkeys(
-    ("N", "H", "K", "R", "V", "D", "stride", "stride_n", "grad_stride", "rows_per_split", "columns_per_split"), "i32"
+    (
+        *("N", "H", "K", "R", "V", "D", "columns", "stride", "stride_n", "grad_stride"),
+        *("rows_per_split", "columns_per_split"),
+    ),
+    "i32",
 )
 _NOISE = {"SAMPLE": True, "HAS_ROWS": True}
 _BACKWARD = {"HAS_Z": True, "HAS_KL": True, **_NOISE}
@@ -143,7 +147,7 @@ KERNELS = {
         },
         {"NEEDS_HIDDEN": True, "NEEDS_A": True, "EVEN_H": True},
         (32, 64, 128),
-        {**_RAGGED, **_ODD_RANK, "hidden alone": {"NEEDS_A": False}, "A alone": {"NEEDS_HIDDEN": False}},
+        {**_RAGGED, "hidden alone": {"NEEDS_A": False}, "A alone": {"NEEDS_HIDDEN": False}},
     ),
     "cross_entropy_fwd": Kernel(
         "cross_entropy", "cross_entropy_fwd_kernel", _HEAD, _WITH_GRADIENT, (64, 128, 256, 512), _SUMS

@@ -6,6 +6,7 @@ dA, grad of hidden    dt^T hidden and dt A together: hidden read once, its gradi
 """
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -15,6 +16,8 @@ from ibkernels.gpu.bottleneck_lora import encode_tile, rank_block
 from ibkernels.gpu.configs import Config
 from ibkernels.gpu.launch import configured, dot_precision
 from ibkernels.gpu.philox import load_rng, normals, row_ids
+
+_VECTOR = 16  # elements: rows of dt that are no multiple of it would be loaded one by one, once a tile of columns
 
 
 @triton.jit
@@ -66,10 +69,11 @@ def bottleneck_lora_bwd_t_kernel(
     bias,
     rng,
     rows,
-    grad_t,  # [N, R]
+    grad_t,  # [N, columns], columns >= R: zeros beyond R
     N,
     K,
     R,
+    columns,
     kl_scale,
     logvar_min,
     logvar_max,
@@ -104,7 +108,8 @@ def bottleneck_lora_bwd_t_kernel(
         )  # fmt: skip
         acc = tl.dot(b_grad_mu.to(b_t.dtype), tl.trans(b_mu_weight), acc, input_precision=PRECISION)
         acc = tl.dot(b_grad_logvar.to(b_t.dtype), tl.trans(b_logvar_weight), acc, input_precision=PRECISION)
-    tl.store(grad_t + o_n.to(tl.int64)[:, None] * R + o_r[None, :], acc.to(grad_t.dtype.element_ty), mask=mask)
+    p_grad_t = grad_t + o_n.to(tl.int64)[:, None] * columns + o_r[None, :]
+    tl.store(p_grad_t, acc.to(grad_t.dtype.element_ty), mask=in_n[:, None] & (o_r < columns)[None, :])
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -259,11 +264,12 @@ def backward(
     }
     grad_hidden = grad_a = grad_b = grad_bias = None
     if needs[0] or needs[1]:
-        grad_t = hidden.new_empty(num_tokens, rank)
+        columns = triton.cdiv(rank, _VECTOR) * _VECTOR
+        grad_t = hidden.new_empty(num_tokens, columns)
 
         def run_t(config: Config) -> None:
             bottleneck_lora_bwd_t_kernel[(triton.cdiv(num_tokens, config.blocks["BM"]),)](
-                *arguments, grad_t, num_tokens, width, rank, kl_scale, *logvar_range, **flags, **config.launch
+                *arguments, grad_t, num_tokens, width, rank, columns, kl_scale, *logvar_range, **flags, **config.launch
             )
 
         configured("bottleneck_lora_bwd_t", hidden, rank, run_t)
@@ -296,9 +302,12 @@ def backward(
 def _through_a(
     grad_t: Tensor, hidden: Tensor, lora_a: Tensor, needs: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """grad_t A [N, H] in hidden's dtype and grad_t^T hidden [R, H] in float32, None where not needed."""
-    (num_tokens, rank), size = grad_t.shape, hidden.shape[1]
-    lora_a = lora_a.to(hidden.dtype).contiguous()
+    """grad_t A [N, H] in hidden's dtype and grad_t^T hidden [R, H] in float32, None where not needed.
+
+    grad_t has columns of zeros beyond R, and A gets rows.
+    """
+    (num_tokens, columns), (rank, size) = grad_t.shape, lora_a.shape
+    lora_a = F.pad(lora_a.to(hidden.dtype), (0, 0, 0, columns - rank)).contiguous()
     grad_hidden = hidden.new_empty(num_tokens, size) if needs[0] else None
 
     def run(config: Config) -> Tensor | None:
@@ -306,7 +315,7 @@ def _through_a(
         # Programs at once: of what is shipped for an H100, two fit on a multiprocessor up to rank 64, else one.
         at_once = (2 if rank <= 64 else 1) * configs.processors(hidden.device)
         splits, rows_per_split = _shares(num_tokens, config.blocks["BM"], at_once // tiles)
-        partial = hidden.new_empty((splits, rank, size), dtype=torch.float32) if needs[1] else None
+        partial = hidden.new_empty((splits, columns, size), dtype=torch.float32) if needs[1] else None
         bottleneck_lora_bwd_hidden_kernel[(tiles, splits)](
             grad_t,
             hidden,
@@ -315,7 +324,7 @@ def _through_a(
             partial,
             num_tokens,
             size,
-            rank,
+            columns,
             hidden.stride(0),
             rows_per_split,
             NEEDS_HIDDEN=needs[0],
@@ -325,7 +334,7 @@ def _through_a(
             BR=rank_block(rank),
             **config.launch,
         )
-        return None if partial is None else partial.sum(dim=0)
+        return None if partial is None else partial.sum(dim=0)[:rank]
 
     return grad_hidden, configured("bottleneck_lora_bwd_hidden", hidden, rank, run)
 

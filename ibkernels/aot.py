@@ -67,6 +67,12 @@ _SIZES = dict.fromkeys(
     ),
     "i32",
 )
+# Arguments that a launch has only with a flag: None without it.
+_ONLY_WITH = {
+    **{"bias": "HAS_BIAS", "rng": "SAMPLE", "rows": "HAS_ROWS", "grad_z": "HAS_Z", "grad_kl": "HAS_KL"},
+    **{"grad_hidden": "NEEDS_HIDDEN", "grad_a": "NEEDS_A", "grad_bias": "NEEDS_BIAS", "pull": "PULL", "grad_x": "PULL"},
+    **{"logit_sum": "SMOOTH", "weight_sum": "SMOOTH", "weighted_sum": "STATS", "best": "STATS", "grad": "GRAD"},
+}
 _NOISE = {"SAMPLE": True, "HAS_ROWS": True}
 _BACKWARD = {"HAS_Z": True, "HAS_KL": True, **_NOISE}
 _LORA_BACKWARD = {
@@ -77,7 +83,7 @@ _HEAD = {
     **{"x": "*T", "weight": "*T", "bias": "*fp32", "labels": "*i64", "upstream": "*fp32", "losses": "*fp32"},
     **dict.fromkeys(("peak", "total", "pull", "lse", "peaks", "factors", "entropy"), "*fp32"),
     **dict.fromkeys(("logit_sum", "weighted_sum", "weight_sum"), "*fp32"),
-    **{"best": "*i32", "correct": "*i1", "ignore_index": "i32", "S": "i32"},
+    **{"best": "*i32", "correct": "*u1", "ignore_index": "i32", "S": "i32"},
     **dict.fromkeys(("label_smoothing", "z_loss", "softcap", "logit_scale"), "fp32"),
     **_SIZES,
 }
@@ -266,9 +272,11 @@ def compiled_kernel(job: Job, config: Any) -> Any:
     names = [parameter.name for parameter in function.params]
     element = "fp32" if job.dtype == "tf32" else job.dtype
     signature = {
-        name: kernel.types[name].replace("T", element) if name in kernel.types else "constexpr" for name in names
+        name: kernel.types[name].replace("T", element)
+        if name in kernel.types and flags.get(_ONLY_WITH.get(name, ""), True)
+        else "constexpr"
+        for name in names
     }
-    # An argument that neither a type nor a flag names is one that this combination of flags does not have.
     constants = {name: constants.get(name) for name in names if signature[name] == "constexpr"}
     aligned = [  # as at run time: N is any number
         i

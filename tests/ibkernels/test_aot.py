@@ -93,6 +93,15 @@ def test_what_must_not_ship_is_found(job: tuple[Any, ...], fault: str) -> None:
     assert any(fault in found for found in row["faults"]), row
 
 
+def test_what_a_launch_compiles_is_what_aot_looks_at() -> None:
+    """And it compiles at sizes of 1, at odd sizes and without optional arguments, which have code of their own."""
+    result = subprocess.run([sys.executable, ROOT / "tests" / "launches.py"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert [kernel for kernel, same in found["same"].items() if not same] == []
+    assert len(found["same"]) >= 12 and min(found["launches"].values()) >= 1
+
+
 _CLAMP = """
 from ibkernels import aot
 from ibkernels.gpu import configs

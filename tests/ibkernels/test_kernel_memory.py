@@ -56,6 +56,12 @@ def fold(width: int, programs: int, own: bool) -> None:
     fold_kernel[(programs,)](torch.arange(4.0 * programs), torch.empty(width * programs), width, own)
 
 
+def halves(n: int, first: int, last: int) -> None:
+    """Of n numbers of four bytes, from the first on, to numbers of two in the same memory, at first .. last - 1."""
+    memory = torch.zeros(4)
+    copy_kernel[(1,)](memory, memory.view(torch.float16)[first:last], n, 0, 1, True)
+
+
 NUMBERS = torch.arange(24.0)
 TABLE = torch.arange(60.0).view(6, 10)[:, 3:7]  # rows of four, ten apart
 
@@ -90,9 +96,11 @@ def test_nothing_is_found_where_nothing_is_wrong(run) -> None:
         (lambda: copy(NUMBERS[:4], 4, first=8), "outside of its tensors"),
         (lambda: shift(n=4, programs=1, barriers=0), "no barrier"),
         (lambda: shift(n=8, programs=1, barriers=1), "no barrier"),
-        (lambda: shift(n=4, programs=2, barriers=2), r"program \(0, 0, 0\) writes .* program \(1, 0, 0\) reads"),
+        (lambda: shift(n=4, programs=2, barriers=2), r"shift_kernel: program \(0, 0, 0\) writes .* what program \(1"),
+        (lambda: halves(n=1, first=1, last=2), "no barrier"),
+        (lambda: halves(n=4, first=0, last=2), r"outside of its tensors program \(0, 0, 0\) writes"),
         (lambda: fold(width=3, programs=1, own=True), "an element twice"),
-        (lambda: fold(width=4, programs=2, own=False), r"program \(0, 0, 0\) writes .* program \(1, 0, 0\) writes"),
+        (lambda: fold(width=4, programs=2, own=False), r"fold_kernel: program \(0, 0, 0\) writes .* what program \(1"),
         (lambda: count_kernel[(3,)](torch.zeros(1)), "count_kernel: an atomic at test_kernel_memory.py"),
     ],
 )  # fmt: skip

@@ -34,8 +34,8 @@ from benchmarks.measure import (
 )
 from benchmarks.models import ALPHA, BETA, SEED, ModelSize, Variant, build_variant
 from benchmarks.tables import markdown
-from ibft.attention import VARLEN
 from ibft.data import BatchPlan, Document, collate
+from ibft.document_attention import BY_DOCUMENT
 from ibkernels import noise
 
 
@@ -54,8 +54,8 @@ LAYOUTS = {
     "published": Layout("ibft-ib", "published"),
     "padded": Layout("ibft-ib", "padded"),
     "packed, mask": Layout("ibft-ib", "packed"),
-    "packed, varlen": Layout("ibft-ib", "packed", VARLEN),
-    "ibft-sft, packed, varlen": Layout("ibft-sft", "packed", VARLEN),
+    "packed, varlen": Layout("ibft-ib", "packed", BY_DOCUMENT),
+    "ibft-sft, packed, varlen": Layout("ibft-sft", "packed", BY_DOCUMENT),
 }
 # What trains the same; of each group the first is what the others are checked against.
 GROUPS = (
@@ -127,7 +127,7 @@ def batches(layout: Layout, size: Size, documents: list[Document]) -> list[dict[
             pad_token_id=0,
             max_length=size.max_length,
             packing=packing,  # type: ignore[arg-type]
-            lengths=layout.attention == VARLEN,
+            lengths="host" if layout.attention == BY_DOCUMENT else None,
         )
         for rows in plan.micro_batches(0, rank=0)
     ]

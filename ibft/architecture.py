@@ -131,7 +131,7 @@ class CausalLM:
         """Raises InputError when documents of a packed row see each other, as in models that ignore position_ids.
 
         A document of two tokens behind another one must have the hidden states that it has alone. lengths: for an
-        attention that takes them, `document_lengths([2, 2])`. Skipped where the weights are not here (meta).
+        attention that takes them, `document_lengths` of 2 and 2. Skipped where the weights are not here (meta).
         """
         if self.head.weight.is_meta:
             return

@@ -315,7 +315,7 @@ def _with_adapter(config: TrainConfig, base: PreTrainedModel, adapter: LoraConfi
             "layers_to_transform, or raise --target_layer."
         )
     if config.packing != "none":
-        CausalLM.of(base).check_packing(document_lengths([2, 2]) if attention.takes_lengths else None)
+        CausalLM.of(base).check_packing(attention.lengths and document_lengths([2, 2], attention.lengths))
     return model
 
 

@@ -134,7 +134,7 @@ def _loop(run: Run, metrics: Metrics | None, signals: StopSignals, profiler: Any
         rank=engine.rank,
         device=engine.device,
         tokenizer=run.tokenizer,
-        lengths=run.attention.takes_lengths,
+        lengths=run.attention.lengths,
     )
     batch = next(batches)
     noise_rng = torch.tensor([config.seed, run.start_step], device=engine.device)  # (seed, step) of the noise stream

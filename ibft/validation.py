@@ -20,7 +20,7 @@ class Validation:
         config, engine = run.config, run.engine
         self.data, self._tokenizer, self._engine = data, run.tokenizer, engine
         self._every, self._last = config.eval_steps or run.plan.steps_in_epoch(0), run.total_steps
-        self._lengths, self._dtype = run.attention.takes_lengths, run.dtype
+        self._lengths, self._dtype = run.attention.lengths, run.dtype
         self._plan = BatchPlan(
             data.lengths,
             max_length=config.max_length,

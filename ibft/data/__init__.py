@@ -4,7 +4,7 @@ from ibft.data.encode import encode
 from ibft.data.encoded import Document, EncodedDataset, EncodeReport
 from ibft.data.loader import load_batches
 from ibft.data.mixture import load_data
-from ibft.data.packing import BatchPlan, collate, document_lengths
+from ibft.data.packing import BatchPlan, Lengths, collate, document_lengths
 from ibft.data.sources import load_rows
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Document",
     "EncodeReport",
     "EncodedDataset",
+    "Lengths",
     "collate",
     "document_lengths",
     "encode",

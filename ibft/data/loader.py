@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ibft.data.encoded import EncodedDataset
-from ibft.data.packing import BatchPlan, collate
+from ibft.data.packing import BatchPlan, Lengths, collate
 
 
 def load_batches(
@@ -19,7 +19,7 @@ def load_batches(
     rank: int,
     device: torch.device,
     tokenizer: PreTrainedTokenizerBase,
-    lengths: bool = False,
+    lengths: Lengths | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Every micro-batch of a rank in those steps of the plan, in order: what `collate` makes, on `device`."""
     pad = tokenizer.pad_token_id

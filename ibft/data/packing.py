@@ -19,6 +19,7 @@ from ibft.errors import InputError
 
 IGNORE = -100
 Packing = Literal["best-fit", "none"]
+Lengths = Literal["device", "host"]  # where attention by documents looks for the documents' lengths
 
 
 class BatchPlan:
@@ -137,7 +138,12 @@ class BatchPlan:
 
 
 def collate(
-    bins: list[list[Document]], *, pad_token_id: int, max_length: int, packing: Packing, lengths: bool = False
+    bins: list[list[Document]],
+    *,
+    pad_token_id: int,
+    max_length: int,
+    packing: Packing,
+    lengths: Lengths | None = None,
 ) -> dict[str, Any]:
     """One row for every bin, its documents one after the other, padded on the right to the longest row.
 
@@ -150,8 +156,7 @@ def collate(
       noise_rows      (example_id * max_length + position) mod 2**32, 0 on padding: the row ids of the noise stream
       label_indices   [M], ascending: the flat positions b*T + t whose next token is a label
       attention_mask  only with packing "none"; without one, transformers isolates packed documents by position_ids
-    and with `lengths`, for attention by documents, in place of attention_mask:
-      cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k  `document_lengths` of the flattened rows
+    and with `lengths`, in place of attention_mask, `document_lengths` of the flattened rows.
 
     No bins give the dummy batch, which holds no real token: one padding token, which attends to itself.
     """
@@ -191,18 +196,22 @@ def collate(
         "noise_rows": noise_rows,
         "label_indices": np.flatnonzero(next_is_label),
     }
-    if packing == "none" and not lengths:
+    if packing == "none" and lengths is None:
         batch["attention_mask"] = token_mask.astype(np.int64) if bins else np.ones(shape, np.int64)
     tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
-    return tensors | document_lengths(sizes or [1]) if lengths else tensors
+    return tensors if lengths is None else tensors | document_lengths(sizes or [1], lengths)
 
 
-def document_lengths(sizes: Sequence[int]) -> dict[str, Any]:
-    """What transformers' attentions by documents are called with, of the documents in a flattened batch [B*T].
+def document_lengths(sizes: Sequence[int], lengths: Lengths) -> dict[str, Any]:
+    """What attentions by documents are called with, of the documents in a flattened batch [B*T].
 
-    cu_seq_lens_q and cu_seq_lens_k: int32 [documents + 1], where each begins and the last one ends; max_length_q and
-    max_length_k: the longest, a number, so that no layer has to ask the device for it.
+    "device", for kernels, as transformers calls them: cu_seq_lens_q and cu_seq_lens_k, int32 [documents + 1], where
+    each begins and the last one ends; max_length_q and max_length_k, the longest, a number, so that no layer has to ask
+    the device for it. "host", for a loop over the documents: document_lengths, their lengths as numbers, since DDP and
+    FSDP2 move tensors to the device.
     """
+    if lengths == "host":
+        return {"document_lengths": tuple(sizes)}
     bounds = torch.from_numpy(np.cumsum([0, *sizes], dtype=np.int32))
     return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": max(sizes), "max_length_k": max(sizes)}
 

@@ -9,8 +9,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface, PreTrainedModel
 
 from ibft.architecture import CausalLM
-from ibft.attention import varlen_attention
 from ibft.data import document_lengths
+from ibft.document_attention import varlen_attention
 from ibft.estimate.cost import ModelCost
 from ibft.loading import autocast, compute_in_base_dtype
 
@@ -86,7 +86,7 @@ def _saved_by_forward(parts: CausalLM) -> int:
         return tensor
 
     tokens = torch.zeros(1, _TOKENS, dtype=torch.int64)
-    lengths = {k: v for k, v in document_lengths([_TOKENS]).items() if not isinstance(v, Tensor)}
+    lengths = {k: v for k, v in document_lengths([_TOKENS], "device").items() if not isinstance(v, Tensor)}
     bounds = torch.zeros(2, dtype=torch.int32)
     dtype = next(parts.decoder.parameters()).dtype
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast(tokens.device, dtype):

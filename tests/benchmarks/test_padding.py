@@ -54,7 +54,7 @@ def test_a_layout_that_trains_something_else_is_not_measured() -> None:
     assert padding.check(step, expected, "published") < 1e-5
     for batch in step.batches:  # the row taken for one document: they see each other
         row = batch["input_ids"].shape[1]
-        batch |= document_lengths([row] * batch["input_ids"].shape[0])
+        batch |= document_lengths([row] * batch["input_ids"].shape[0], "host")
     with pytest.raises(RuntimeError, match=r"packed, varlen: .* differs from that of 'published'"):
         padding.check(step, expected, "published")
 

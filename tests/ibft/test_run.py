@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-import ibft.attention
 import ibft.loading
 import ibft.run
 from ibft import InputError
 from ibft.architecture import CausalLM
 from ibft.attention import Attention
 from ibft.config import TrainConfig
+from ibft.document_attention import registered
 from ibft.engines import Engine
 
 
@@ -43,7 +43,7 @@ def made_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     package: Any = ModuleType("flash_attn")
     package.flash_attn_varlen_func = on_a_gpu_alone
     monkeypatch.setitem(sys.modules, "flash_attn", package)
-    attention = Attention(ibft.attention._registered("flash_attention_2"), "installed")
+    attention = Attention(registered("flash_attention_2"), "installed")
     monkeypatch.setattr(ibft.run, "select_attention", lambda *_, **__: attention)
 
     def apply(model: Any, options: Any) -> None:

@@ -11,10 +11,12 @@ from transformers import AutoConfig, LlamaConfig
 
 import ibft.attention
 from ibft import InputError
-from ibft.attention import REGISTERED, VARLEN, Attention, select_attention
+from ibft.attention import Attention, select_attention
+from ibft.document_attention import BY_DOCUMENT, FLASH, KERNELS, VARLEN
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 LLAMA = LlamaConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2)
+DROPOUT = AutoConfig.for_model("starcoder2", hidden_size=64, num_attention_heads=4, attention_dropout=0.1)
 
 
 def select(requested: str = "auto", device: torch.device = CUDA, config: Any = LLAMA, **changes: Any) -> Attention:
@@ -26,15 +28,15 @@ def select(requested: str = "auto", device: torch.device = CUDA, config: Any = L
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """`gpu((9, 0), "flash_attention_2")`: a GPU of that compute capability, and flash-attn packages."""
 
-    def pretend(capability: tuple[int, int], *installed: str, softcap: bool = True) -> None:
+    def pretend(capability: tuple[int, int], *installed: str, options: bool = True) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         monkeypatch.setattr(torch.version, "hip", None)
-        for name, module in ibft.attention.FLASH.items():
+        for name, module in FLASH.items():
             monkeypatch.setattr(
                 ibft.attention, f"is_flash_attn_{name[-1]}_available", lambda name=name: name in installed
             )
             fake: Any = ModuleType(module)
-            fake.flash_attn_varlen_func = (lambda q, softcap=0.0: q) if softcap else (lambda q: q)
+            fake.flash_attn_varlen_func = (lambda q, softcap=0.0, dropout_p=0.0: q) if options else (lambda q: q)
             monkeypatch.setitem(sys.modules, module, fake)
 
     return pretend
@@ -42,29 +44,69 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 def test_the_order_on_a_gpu(gpu: Callable[..., None]) -> None:
     gpu((9, 0), "flash_attention_3", "flash_attention_2")
-    assert select() == (REGISTERED["flash_attention_3"], "installed, and made for this GPU")
-    assert select().label == "flash_attention_3" and select().takes_lengths
+    assert select() == (KERNELS["flash_attention_3"], "installed, and made for this GPU")
+    assert select().label == "flash_attention_3" and select().lengths == "device"
     gpu((8, 0), "flash_attention_3", "flash_attention_2")
     assert select().label == "flash_attention_2"
     gpu((9, 0), "flash_attention_2")
     assert select().label == "flash_attention_2"
     gpu((9, 0))
-    assert select().implementation == VARLEN
+    assert select().implementation == VARLEN and select().lengths == "device"
     assert "of torch" in select().reason and "flash-attn 2 is not installed" in select().reason
-    assert select(dtype=torch.float32) == (
-        "sdpa",
-        "documents of a packed row kept apart by its mask; varlen: it computes in bfloat16, and the model is float32",
+
+
+def test_where_no_kernel_serves_documents_are_taken_one_by_one(gpu: Callable[..., None]) -> None:
+    gpu((9, 0))
+    chosen = select(dtype=torch.float32)
+    assert chosen == (
+        BY_DOCUMENT,
+        "document by document; flash_attention_2: it computes in bfloat16, and the model is float32",
     )
-    assert select(dtype=torch.float32, packing="none").reason.startswith("one padded document per row; varlen: ")
+    assert chosen.label == "varlen" and chosen.lengths == "host"
+    asked = select("varlen", dtype=torch.float32)
+    assert asked.implementation == BY_DOCUMENT and "asked for; document by document; torch's kernel: it" in asked.reason
+    compiled = select(dtype=torch.float32, compiled=True)
+    assert compiled.implementation == "sdpa" and compiled.lengths is None
+    assert compiled.reason == (
+        "documents of a packed row kept apart by its mask; varlen: a loop over documents, which --compile cannot take "
+        "in; torch's kernel: it computes in bfloat16, and the model is float32"
+    )
+    alone = select(dtype=torch.float32, compiled=True, packing="none")
+    assert alone.reason.startswith("one padded document per row; varlen: ")
+    assert select(compiled=True).implementation == VARLEN
+    assert select(device=torch.device("mps")).implementation == BY_DOCUMENT
     gpu((7, 5))
-    assert select().implementation == "sdpa" and "Ampere" in select().reason
+    assert select().implementation == BY_DOCUMENT and "Ampere" in select().reason
+
+
+def test_on_rocm_documents_are_taken_one_by_one(gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu((9, 0))
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert select().implementation == BY_DOCUMENT and "torch's kernel: not tried on ROCm" in select().reason
+
+
+@pytest.mark.parametrize(("config", "what"), [(AutoConfig.for_model("gemma2"), "softcap"), (DROPOUT, "dropout")])
+def test_what_torchs_kernel_does_not_know_goes_to_flash_attn_or_the_loop(
+    config: Any, what: str, gpu: Callable[..., None]
+) -> None:
+    assert select(device=CPU, config=config) == (BY_DOCUMENT, "document by document")
+    gpu((8, 0), "flash_attention_2")
+    assert select(config=config).label == "flash_attention_2"
+    gpu((8, 0), "flash_attention_2", options=False)  # of a version that has neither
+    assert select(config=config).implementation == BY_DOCUMENT
+    assert f"torch's kernel: it has no {what} on attention scores" in select(config=config).reason
+    with pytest.raises(InputError, match=rf"flash.* has no {what} on attention scores.*; varlen would work here"):
+        select("flash_attention_2", config=config)
+    assert select(config=config, compiled=True).implementation == ("eager" if what == "softcap" else "sdpa")
 
 
 def test_the_order_on_a_cpu() -> None:
     chosen = select(device=CPU)
-    assert chosen == (VARLEN, "document by document") and chosen.label == "varlen" and chosen.takes_lengths
+    assert chosen == (BY_DOCUMENT, "document by document") and chosen.label == "varlen" and chosen.lengths == "host"
     compiled = select(device=CPU, compiled=True)
-    assert compiled.implementation == "sdpa" and "--compile" in compiled.reason and not compiled.takes_lengths
+    assert compiled.implementation == "sdpa" and "--compile" in compiled.reason and compiled.lengths is None
+    with pytest.raises(InputError, match=r"varlen: a loop over documents, which --compile .*; sdpa would work here"):
+        select("varlen", device=CPU, compiled=True)
 
 
 @pytest.mark.parametrize("requested", ["flash_attention_3", "flash_attention_2", "varlen", "sdpa", "eager"])
@@ -79,11 +121,8 @@ def test_what_was_asked_for_comes_first(requested: str, gpu: Callable[..., None]
         ("flash_attention_2", {"device": CPU}, "needs a CUDA GPU, and this run is on the cpu; varlen would work"),
         ("flash_attention_2", {}, r"flash-attn 2 is not installed \(pip install .*\); varlen would work here"),
         ("flash_attention_3", {}, r"flash-attn 3 is not installed \(build it"),
-        ("varlen", {"dtype": torch.float32}, "computes in bfloat16, and the model is float32; sdpa would work here"),
-        ("varlen", {"device": torch.device("mps")}, "needs a CUDA GPU, and this run is on the mps; sdpa would work"),
-        ("varlen", {"config": LlamaConfig(attention_dropout=0.1)}, "no attention dropout, which .* sdpa would work"),
-        ("varlen", {"config": LlamaConfig(head_dim=512)}, "multiple of 8 dimensions up to 256, not 512"),
-        ("varlen", {"config": LlamaConfig(head_dim=4)}, "multiple of 8 dimensions up to 256, not 4"),
+        ("varlen", {"config": AutoConfig.for_model("gpt_oss")}, "attention in a way of its own; eager would work"),
+        ("sdpa", {"config": AutoConfig.for_model("gemma2")}, "no softcap on attention scores, .*; varlen would work"),
     ],
 )
 def test_a_request_that_cannot_be_served(
@@ -106,18 +145,12 @@ def test_a_package_built_for_another_torch(gpu: Callable[..., None], monkeypatch
         select("flash_attention_2")
 
 
-def test_a_softcap_goes_to_what_has_one(gpu: Callable[..., None]) -> None:
-    gemma = AutoConfig.for_model("gemma2")
-    assert select(device=CPU, config=gemma).implementation == "eager"
-    gpu((8, 0), "flash_attention_2")
-    assert select(config=gemma).label == "flash_attention_2"
-    gpu((8, 0), "flash_attention_2", softcap=False)
-    assert select(config=gemma).implementation == "eager"
-    with pytest.raises(InputError, match=r"this flash-attn 2 has no softcap .*; eager would work here"):
-        select("flash_attention_2", config=gemma)
-    for requested in ("varlen", "sdpa"):
-        with pytest.raises(InputError, match=f"{requested}: .*; eager would work here"):
-            select(requested, config=gemma)
+@pytest.mark.parametrize("width", [512, 4])
+def test_heads_that_torchs_kernel_does_not_take(width: int, gpu: Callable[..., None]) -> None:
+    gpu((8, 0))
+    chosen = select(config=LlamaConfig(head_dim=width))
+    assert chosen.implementation == BY_DOCUMENT
+    assert f"its kernel takes heads of a multiple of 8 dimensions up to 256, not {width}" in chosen.reason
 
 
 def test_sinks_and_an_old_torch_are_left_to_others(gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,4 +159,4 @@ def test_sinks_and_an_old_torch_are_left_to_others(gpu: Callable[..., None], mon
     assert select(config=sinks).implementation == "eager"  # what else it takes, transformers would download
     gpu((9, 0))
     monkeypatch.setattr(ibft.attention, "varlen_attn", lambda query, is_causal=False: query)
-    assert select().implementation == "sdpa" and "varlen_attn has no scale" in select().reason
+    assert select().implementation == BY_DOCUMENT and "varlen_attn has no scale" in select().reason

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from benchmarks.measure import can_measure_memory
 from ibft import IBConfig, IBModel
 from ibft.architecture import CausalLM
-from ibft.attention import _KERNEL_TAKES_GROUPS
+from ibft.document_attention import _KERNEL_TAKES_GROUPS
 from ibft.estimate.activations import Activations, measure_activations
 from ibft.estimate.cost import ModelCost
 from ibft.estimate.step import memory

@@ -9,8 +9,9 @@ import torch
 from outlines import cost_of, lora, published
 
 import ibft.estimate.checkpointing
-from ibft.attention import VARLEN, Attention
+from ibft.attention import Attention
 from ibft.config import TrainConfig
+from ibft.document_attention import VARLEN
 from ibft.engines import Engine
 from ibft.estimate.checkpointing import Checkpointing, choose_checkpointing
 from ibft.estimate.cost import ModelCost

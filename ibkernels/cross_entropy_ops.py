@@ -122,11 +122,13 @@ def _backward(ctx: Any, op: Any, grad: Tensor | None) -> list[Tensor | None]:
         *options, _, _, _, backend = ctx.settings
         # `needs` of this backward may be less than forward's; stats are not wanted here.
         gradients = op(*tensors, upstream, *options, False, needs, False, backend)[4:]
-    else:
-        gradients = [gradient * grad for gradient in ctx.saved_tensors]
-    return [
-        gradient.to(dtype) if needed else None
-        for gradient, dtype, needed in zip(gradients, ctx.dtypes, needs, strict=True)
+        return [
+            gradient.to(dtype) if needed else None
+            for gradient, dtype, needed in zip(gradients, ctx.dtypes, needs, strict=True)
+        ]
+    return [  # rounded as they are scaled: a product in float32 would be a second copy of a head's gradient
+        torch.mul(gradient, grad, out=torch.empty_like(gradient, dtype=dtype)) if needed else None
+        for gradient, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, needs, strict=True)
     ]
 
 

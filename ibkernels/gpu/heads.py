@@ -94,6 +94,7 @@ def _absorbed(
     result = linear_cross_entropy(
         z, matrix, shift, labels, token_weight, options, (needs_z, needs_matrix, needs_shift), stats
     )
+    del matrix  # what follows needs memory of its own
     grad_matrix, grad_shift = result.grad_weight, result.grad_bias
     grad_c = None if grad_shift is None or up_bias is None else options.logit_scale * grad_shift
     grad_up = grad_up_bias = grad_head = None
@@ -131,11 +132,11 @@ def _unabsorbed(
     hidden = mm_float32(z, up.T)
     if up_bias is not None:
         hidden += up_bias.float()
+    hidden = hidden.to(z.dtype)  # and the float32 one is free
     needs_hidden = needs_z or needs_up or needs_up_bias
     result = linear_cross_entropy(
-        hidden.to(z.dtype), head, head_bias, labels, token_weight, options,
-        (needs_hidden, needs_head, needs_head_bias), stats,
-    )  # fmt: skip
+        hidden, head, head_bias, labels, token_weight, options, (needs_hidden, needs_head, needs_head_bias), stats
+    )
     grad_hidden = result.grad_input
     grad_z = grad_up = grad_up_bias = None
     if grad_hidden is not None:

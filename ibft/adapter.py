@@ -66,7 +66,11 @@ def with_adapter_values(config: TrainConfig, given: list[str]) -> TrainConfig:
     Raises InputError when a lora_* field that was given says something else; a record, read back, says the same.
     """
     adapter = lora_config(config)
-    modules = adapter.target_modules or []  # none: PEFT knows the modules of common architectures
+    modules = adapter.target_modules or set()  # none: PEFT knows the modules of common architectures
+    if not isinstance(modules, (str, set)) or not all(isinstance(name, str) for name in modules):
+        raise InputError(
+            f"{config.adapter_config}: target_modules takes names or a regular expression, not {modules!r}."
+        )
     try:
         resolved = dataclasses.replace(
             config,

@@ -197,6 +197,17 @@ def check_positions(name: str, config: PreTrainedConfig, longest: int) -> None:
         )
 
 
+def check_table_of_positions(name: str, base: PreTrainedModel, longest: int) -> None:
+    """`check_positions` for a model that looks positions up in a table, as GPT-2 does: an index error there.
+
+    One that computes them (RoPE) can be trained on longer rows than it was made for.
+    """
+    embeddings = [module for module in base.modules() if isinstance(module, nn.Embedding)]
+    looked_up = len(embeddings) > 1 or any(key.endswith("embed_positions") for key, _ in base.named_buffers())
+    if looked_up and getattr(base.config.get_text_config(), "rope_parameters", None) is None:
+        check_positions(name, base.config, longest)
+
+
 def fingerprint(model: PreTrainedModel, dtype: torch.dtype | None = None) -> str:
     """sha256 (hex) that tells base models apart: their configuration, and the first weights of every parameter.
 

@@ -27,6 +27,7 @@ from ibft.estimate.checkpointing import Checkpointing, choose_checkpointing
 from ibft.estimate.cost import ModelCost
 from ibft.loading import (
     check_optional_packages,
+    check_table_of_positions,
     check_vocabulary,
     compute_in_base_dtype,
     fingerprint,
@@ -47,6 +48,8 @@ _ITS_OWN = {
     *("base_model", "dataset", "validation_dataset", "memorization_scores", "training_config", "adapter_config"),
     *("output_dir", "num_proc", "debug"),
 }
+# PEFT's initialisations that take a base model's weights apart, of which an outline has none.
+_READS_WEIGHTS = ("pissa", "olora")
 # Of a compiled layer: windows or none, with and without gradients of what goes in and comes out, a first shape, any
 # other, one row alone.
 _VARIANTS = 64
@@ -121,7 +124,9 @@ def set_up(config: TrainConfig, engine: Engine) -> Run:
     set_seed(config.seed % 2**32)
     base, base_fingerprint = engine.on_all(lambda: _load_base(config, engine, attention, dtype))
     base_fingerprint = engine.share(base_fingerprint)
-    check_vocabulary(config.base_model, base, tokenizer, [data, *([] if validation is None else [validation])])
+    parts = [data, *([] if validation is None else [validation])]
+    check_vocabulary(config.base_model, base, tokenizer, parts)
+    check_table_of_positions(config.base_model, base, max(_longest_row(config, part) for part in parts))
     model = engine.on_all(lambda: _with_adapter(config, base, adapter, attention))
     if config.liger:  # not before: its kernels run on a GPU alone, and weights that will be sharded are on the CPU yet
         use_liger_layers(base)
@@ -223,6 +228,13 @@ def _plan(config: TrainConfig, engine: Engine, data: EncodedDataset, saved: Chec
     )
 
 
+def _longest_row(config: TrainConfig, data: EncodedDataset) -> int:
+    """Positions that a row may take; the padding of a packed one counts from 0 too, up to the length of others."""
+    if config.packing == "none":
+        return int(data.lengths.max())
+    return min(config.max_length, int(data.lengths.sum()))
+
+
 def _load_base(
     config: TrainConfig, engine: Engine, attention: Attention, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, str]:
@@ -303,12 +315,22 @@ def _identity(
 def _with_adapter(config: TrainConfig, base: PreTrainedModel, adapter: LoraConfig, attention: Attention) -> IBModel:
     """The model that is trained. Making it tries the base model; then it is seen whether documents stay apart in it."""
     ib = _ib_config(config, base)
+    init = adapter.init_lora_weights
+    if base.device.type == "meta" and str(init).startswith(_READS_WEIGHTS):
+        adapter.init_lora_weights = True
     try:
         model = IBModel.from_base(base, adapter, ib)
     except InputError:
         raise
     except ValueError as error:  # PEFT's, of modules that the model has not, or cannot adapt
         raise InputError(f"the adapter does not fit the base model: {error}") from error
+    except Exception as error:  # PEFT's too, of as many kinds as a file of settings can be wrong
+        if config.adapter_config is None:
+            raise
+        raise InputError(
+            f"{config.adapter_config}: the adapter does not fit the base model: {type(error).__name__}: {error}"
+        ) from error
+    adapter.init_lora_weights = init
     if ib is not None and not _reaches_below(model, ib.target_layer):
         raise InputError(
             f"no adapter is at or below target_layer {ib.target_layer}, so the bottleneck would shape nothing; lower "

@@ -78,6 +78,20 @@ def test_it_describes_the_run_that_would_follow_and_writes_nothing(
     assert described(dry) == described(capsys.readouterr().out)
 
 
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_2", "olora"])
+def test_an_adapter_that_begins_from_the_weights(
+    run: Callable[..., int], tmp_path: Path, init: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "adapter.json"
+    file.write_text(json.dumps({"r": 4, "target_modules": ["q_proj"], "init_lora_weights": init}))
+    assert run(f"--adapter_config {file} --dry_run") == 0
+    dry = capsys.readouterr().out
+    assert run(f"--adapter_config {file}") == 0
+    assert described(dry) == described(capsys.readouterr().out)
+    record = json.loads((tmp_path / "out" / "ibft.json").read_text())
+    assert record["adapter"]["init_lora_weights"] == init
+
+
 def test_it_does_not_read_the_weights(
     run: Callable[..., int], base_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -189,6 +189,9 @@ def other_model(kind: str, **sizes: Any) -> Setting:
     return make
 
 
+GPT2_OF_64_POSITIONS = other_model("GPT2Model", vocab_size=400, n_embd=32, n_layer=1, n_head=2, n_positions=64)
+
+
 def cut(file: str, size: int) -> Setting:
     """The file `file`, below the test's folder, cut off as an interrupted copy leaves it."""
     return lambda world: os.truncate(world.here / file, size)
@@ -447,6 +450,12 @@ MODEL = {
             num_attention_heads=2,
         ),
     ),
+    "base_fewer_positions_than_a_packed_row": base(
+        r"a row has 128 tokens, and model .* has 64 positions; --max_length can be 64", GPT2_OF_64_POSITIONS
+    ),
+    "base_fewer_positions_than_a_document": base(
+        "positions; --max_length can be 64 at most", GPT2_OF_64_POSITIONS, "--packing none"
+    ),
     "tokenizer_without_eos": base("has no EOS token", lambda world: world.base(tokenizer_config={"eos_token": None})),
     "tokenizer_without_bos": base(
         "bos='yes' needs a tokenizer with a BOS token",
@@ -496,6 +505,18 @@ FILES = {
     ),
     "adapter_config_rank_text": settings("adapter_config", "a.json", adapter_json(r="two"), "a.json: .*--?lora_r"),
     "adapter_config_rank_zero": settings("adapter_config", "a.json", adapter_json(r=0), "a.json: .*must be at least 1"),
+    "adapter_config_modules_no_names": settings(
+        "adapter_config", "a.json", adapter_json(target_modules=["q_proj", 3]), "a.json: target_modules takes names"
+    ),
+    "adapter_config_modules_no_expression": settings(
+        "adapter_config", "a.json", adapter_json(target_modules="(("), r"a.json: .*does not fit.*missing \)"
+    ),
+    "adapter_config_ranks_no_numbers": settings(
+        "adapter_config", "a.json", adapter_json(rank_pattern={"q_proj": "a"}), "a.json: .*does not fit.*TypeError"
+    ),
+    "adapter_config_token_out_of_range": settings(
+        "adapter_config", "a.json", adapter_json(trainable_token_indices=[9999]), "a.json: .*does not fit.*index 9999"
+    ),
     "adapter_config_layers_out_of_range": settings(
         "adapter_config", "a.json", adapter_json(layers_to_transform=[9]), "adapter does not fit the base model"
     ),

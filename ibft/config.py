@@ -37,6 +37,7 @@ SEED: Check = (lambda v: 0 <= v < 2**63, "between 0 and 2**63 - 1")
 Scheduler = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
 ]
+_POLYNOMIAL_END = 1e-7  # of transformers' polynomial
 # The scores that `ibft memorization` gives a row.
 Measure = Literal["min_k", "min_k_plus_plus", "mean_log_prob"]
 
@@ -190,6 +191,11 @@ class TrainConfig:
             check_kl_options(self)
         if self.encoder_rank is not None and self.encoder != "lora":
             raise InputError(f"--encoder_rank {self.encoder_rank} needs --encoder lora; the encoder is {self.encoder}.")
+        if self.lr_scheduler_type == "polynomial" and self.learning_rate <= _POLYNOMIAL_END:
+            raise InputError(
+                f"--lr_scheduler_type polynomial ends at a learning rate of {_POLYNOMIAL_END:g}, so --learning_rate "
+                f"must be greater, not {self.learning_rate:g}."
+            )
         if self.attn_implementation.startswith("flash_attention") and self.use_cpu:
             raise InputError(
                 f"--attn_implementation {self.attn_implementation} needs a GPU; with --use_cpu take auto, varlen, sdpa "

@@ -182,7 +182,8 @@ def _loop(run: Run, metrics: Metrics | None, signals: StopSignals, profiler: Any
         diverged = torch.maximum(diverged, 1 - torch.isfinite(terms).all().float())
         grad_norm, diverged = engine.step(optimizer, config.max_grad_norm, diverged)
         learning_rate = run.schedule.get_last_lr()[0]
-        run.schedule.step()
+        if done < run.total_steps:  # beyond it, a polynomial that all steps warm up for divides by zero
+            run.schedule.step()
         weights = {} if run.model.objective is None else run.model.objective.varying()
         run.model.step_objective()
         noise_rng = noise_rng + one_step

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import ibft.train
 from ibft.cli import main
+from ibft.config import Scheduler
 
 QUICK = "--max_length 128 --bottleneck_dim 16 --lora_r 4 --max_steps 4 --logging_steps 2"
 LEFT = ("adapter_model.safetensors", "ib_head.safetensors", "adapter_config.json")
@@ -61,6 +62,13 @@ def test_what_it_leaves(run: Callable[..., int], tmp_path: Path, capsys: pytest.
     assert [values["active_share"] is not None for values in metrics] == [False, True, False, True]
     printed = capsys.readouterr().out
     assert "rows of up to 128 tokens a step" in printed and "step 4/4" in printed
+
+
+@pytest.mark.parametrize("scheduler", get_args(Scheduler))
+def test_a_warm_up_may_take_every_step(run: Callable[..., int], tmp_path: Path, scheduler: str) -> None:
+    assert run("out", f"--lr_scheduler_type {scheduler} --warmup_steps 4 --learning_rate 4e-3 --logging_steps 1") == 0
+    rates = [record["learning_rate"] for record in records(tmp_path / "out")]
+    assert rates == pytest.approx([4e-3] * 4 if scheduler == "constant" else [0, 1e-3, 2e-3, 3e-3])
 
 
 def test_a_collapsed_posterior_is_told_once(run: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:

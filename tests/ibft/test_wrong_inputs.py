@@ -582,6 +582,9 @@ FLAGS = {
     "epochs_zero": train("--num_train_epochs 0", "--num_train_epochs must be greater than 0"),
     "seed_negative": train("--seed -1", "--seed must be between 0 and"),
     "save_steps_zero": train("--save_steps 0", "--save_steps must be at least 1, not 0"),
+    "scheduler_ends_higher": train(
+        "--lr_scheduler_type polynomial --learning_rate 1e-7", "ends at a learning rate of 1e-07, so --learning_rate"
+    ),
     "scheduler_unknown": train("--lr_scheduler_type cosin", "Did you mean cosine"),
     "preset_unknown": train("--preset publishd", "--preset takes published, not 'publishd'"),
     "tokens_per_batch": train("--tokens_per_batch 1000", "must be a multiple of --max_length .128., not 1000"),

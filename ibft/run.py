@@ -21,6 +21,7 @@ from ibft.attention import Attention, select_attention
 from ibft.checkpoint import Checkpoint, check_files, check_run, load_state, load_weights, newest_checkpoint, shown
 from ibft.config import TrainConfig
 from ibft.data import BatchPlan, EncodedDataset, document_lengths, load_data
+from ibft.data.sources import refuse_among_data
 from ibft.engines import Engine
 from ibft.errors import InputError
 from ibft.estimate.checkpointing import Checkpointing, choose_checkpointing
@@ -97,6 +98,8 @@ def set_up(config: TrainConfig, engine: Engine) -> Run:
     """
     output = Path(config.output_dir)
     _check_alike(engine, {name: value for name, value in config.to_dict().items() if name not in _ITS_OWN})
+    for name in (*config.dataset, *filter(None, [config.validation_dataset])):
+        refuse_among_data(output, name)
     saved = _find_checkpoint(output, engine) if config.resume else None
     base_config, dtype = load_base_config(config.base_model), resolve_dtype(config.dtype, engine.device)
     check_optional_packages(liger=config.liger, load_in_4bit=config.load_in_4bit, base_config=base_config)

@@ -103,6 +103,19 @@ def find_rows(dataset: str, split: str) -> list[Path] | datasets.Dataset:
     return _from_hub(dataset, split)
 
 
+def refuse_among_data(folder: Path, dataset: str) -> None:
+    """InputError for a folder to write to among the files of a dataset: what is written would be read as its rows."""
+    place = Path(dataset).expanduser()
+    saved = any((place / name).exists() for name in ("dataset_dict.json", "state.json"))
+    if saved or not place.is_dir() or not folder.resolve().is_relative_to(place.resolve()):
+        return
+    if not any(part.startswith(".") for part in folder.resolve().relative_to(place.resolve()).parts):  # not read
+        raise InputError(
+            f"output_dir {folder} lies in the dataset {dataset!r}, whose files are all read as data, so that the run "
+            "could not be resumed; choose another folder."
+        )
+
+
 def as_dataset(table: pa.Table) -> datasets.Dataset:
     """The table as a Dataset."""
     # The fingerprint is given because computing one serialises the whole table; it names nothing that is cached.

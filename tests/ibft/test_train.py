@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
+import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -232,6 +233,18 @@ def test_resuming_on_another_base_model_is_refused(
     (tmp_path / "out" / "ibft.json").unlink()
     assert run("out", "--save_steps 2 --resume", base=tmp_path / "other") == 2
     assert "base was" in capsys.readouterr().err
+
+
+def test_an_output_dir_beside_what_is_read_of_a_dataset(
+    run: Callable[..., int], tasks_file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "rows").mkdir()
+    shutil.copy(tasks_file, tmp_path / "rows")
+    for name in ("rows-and-more", "rows/.runs/first"):
+        assert run(name, dataset=tmp_path / "rows") == 0
+    saved = datasets.Dataset.from_list([{"instruction": f"number {index}", "output": "x"} for index in range(9)])
+    saved.save_to_disk(str(tmp_path / "saved"))
+    assert run("saved/run", dataset=tmp_path / "saved") == 0
 
 
 def test_overwriting_leaves_nothing_of_the_earlier_run(run: Callable[..., int], tmp_path: Path) -> None:

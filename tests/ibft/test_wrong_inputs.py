@@ -629,6 +629,16 @@ FOLDERS = {
     ),
     "output_name_too_long": train("--output_dir {here}/" + "x" * 300, "cannot be written to: File name too long"),
     "output_empty_name": train("--output_dir ''", "--output_dir must be a name or path"),
+    "output_in_the_dataset": train(
+        "--dataset {here}/rows --output_dir {here}/rows/runs/first",
+        "output_dir .*/first lies in the dataset '.*/rows', whose files are all read as data",
+        lambda world: world.rows("rows/a.jsonl", *ROWS),
+    ),
+    "output_in_the_validation_dataset": train(
+        "--validation_dataset {here}/rows --output_dir {here}/rows",
+        "output_dir .*/rows lies in the dataset",
+        lambda world: world.rows("rows/a.jsonl", *ROWS),
+    ),
     "output_holds_a_model": train("--output_dir {here}/base", "holds a model", World.base),
     "output_holds_a_run": train("--output_dir {here}/run", "holds a finished run; .*--overwrite", World.run),
     "output_holds_half_a_run": train(

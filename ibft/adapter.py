@@ -17,6 +17,17 @@ if TYPE_CHECKING:
     from ibft.config import TrainConfig
 
 
+_OF_DATA = "begins from what PEFT computes of data beforehand, which a run does not do; leave it out"
+# By the beginning of the name. PEFT takes all of them, and makes of the last two the default in silence.
+_REFUSED_INITS = {
+    "pissa_niter": "changes the base model by random numbers, so that nothing could load the adapter again as it was "
+    'trained; take "pissa"',
+    "eva": _OF_DATA,
+    "lora_ga": _OF_DATA,
+}
+_WITH_A_LOSS = ("kasa_config", "monteclora_config")  # for which PEFT leaves it to the trainer to add a term
+
+
 def lora_config(config: TrainConfig) -> LoraConfig:
     """The PEFT configuration of the adapter, from --adapter_config if given, else from the --lora_* flags."""
     from peft import LoraConfig  # imports torch and transformers
@@ -38,11 +49,20 @@ def lora_config(config: TrainConfig) -> LoraConfig:
     for name, expected in (("peft_type", "LORA"), ("task_type", "CAUSAL_LM")):
         if (value := values.pop(name, None) or expected) != expected:
             raise InputError(f'{path}: {name} must be "{expected}", not {value!r}.')
+    for name in _WITH_A_LOSS:
+        if values.get(name):
+            raise InputError(
+                f"{path}: {name} needs a term of its own in the loss, which a run does not have; leave it out."
+            )
     known = {field.name for field in dataclasses.fields(LoraConfig)}
     # A file from another version of PEFT lists options that this one lacks; they matter only when they are set.
     for name in [name for name in values if name not in known]:
         if not is_empty(value := values.pop(name)):
             raise InputError(f"{path}: {name} ({value!r}) is not an option of PEFT's LoRA.{did_you_mean(name, known)}")
+    init = str(values.get("init_lora_weights"))
+    for name, obstacle in _REFUSED_INITS.items():
+        if init.startswith(name):
+            raise InputError(f"{path}: init_lora_weights {init!r} {obstacle}.")
     try:
         return LoraConfig(**{**values, **common})
     except (AttributeError, ImportError, KeyError, TypeError, ValueError) as error:

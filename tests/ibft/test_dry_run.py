@@ -78,7 +78,7 @@ def test_it_describes_the_run_that_would_follow_and_writes_nothing(
     assert described(dry) == described(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("init", ["pissa", "pissa_niter_2", "olora"])
+@pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_an_adapter_that_begins_from_the_weights(
     run: Callable[..., int], tmp_path: Path, init: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -20,6 +20,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ibft.config_file import read_json_object
@@ -245,6 +246,7 @@ def _write_merged(source: Source, base_model: str | None, config: ExportConfig, 
         settings = PeftConfig.from_pretrained(str(source.folder))
         settings.inference_mode = True
         model = PeftModel.from_pretrained(base, str(source.folder), config=settings)
+        _untie_adapted_embeddings(model.get_base_model())
         merged = model.merge_and_unload(safe_merge=True).to(wanted)  # safe: refuses weights that are not finite
     except (OSError, ValueError, RuntimeError, TypeError) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
@@ -258,6 +260,15 @@ def _write_merged(source: Source, base_model: str | None, config: ExportConfig, 
         record, "merged", base_model=None if known else base_model, dtype=str(wanted).removeprefix("torch.")
     )
     (folder / CARD_NAME).write_text(card, encoding="utf-8")
+
+
+def _untie_adapted_embeddings(base: Any) -> None:
+    """A head of its own for a model whose input embeddings alone carry an adapter: merged, it would come with them."""
+    embeddings, head = base.get_input_embeddings(), base.get_output_embeddings()
+    if type(embeddings) is nn.Embedding or not base.config.get_text_config().tie_word_embeddings:
+        return
+    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    base.config.tie_word_embeddings = base.config.get_text_config().tie_word_embeddings = False
 
 
 def _unrecorded_base(source: Source) -> str | None:

@@ -144,6 +144,29 @@ def test_logits_of_the_merged_model(make_run: Callable[[str], Path], head: str, 
     assert merged.config.tie_word_embeddings == (head == "tied")
 
 
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    ],
+    ids=["adapted", "retrained"],
+)
+def test_a_tied_head_keeps_its_weights_when_the_embeddings_are_merged(
+    make_run: Callable[[str], Path], tasks_file: Path, tmp_path: Path, adapter: dict[str, Any]
+) -> None:
+    base = make_run("tied") / "base"
+    (tmp_path / "adapter.json").write_text(json.dumps({"r": 4, **adapter}))
+    command = f"train --base_model {base} --dataset {tasks_file} --output_dir {tmp_path}/run {TRAINING}"
+    assert main([*command.split(), "--adapter_config", str(tmp_path / "adapter.json")]) == 0
+    assert export(tmp_path / "run", tmp_path / "merged", "--merge") == 0
+    ids = torch.arange(5, 45)[None]
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    adapted = PeftModel.from_pretrained(base_of(base.parent), tmp_path / "run")
+    torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, rtol=0, atol=1e-4)
+    assert not merged.config.tie_word_embeddings
+
+
 def test_what_a_clean_adapter_holds(trained: Path, tmp_path: Path) -> None:
     assert export(trained / "run", tmp_path / "out") == 0
     assert names(tmp_path / "out") == ADAPTER_FILES

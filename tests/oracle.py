@@ -26,6 +26,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phi3": {"pad_token_id": 0},
     "granite": {"logits_scaling": 3.0, "embedding_multiplier": 2.0, "residual_multiplier": 0.5},
     "starcoder2": {"use_bias": True, "residual_dropout": 0.0, "embedding_dropout": 0.0, **_LOCAL},
+    "qwen3_moe": {"head_dim": 8, "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2},
     "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "n_positions": 64},
 }
 KINDS = [f"{family}{tied}" for family in FAMILIES for tied in ("", "-tied") if family != "gpt2"] + ["gpt2-tied"]
@@ -39,7 +40,8 @@ def tiny_model(kind: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel
     if family != "gpt2":
         sizes |= {"intermediate_size": 48, "num_key_value_heads": 2}
     settings = AutoConfig.for_model(family, **sizes, tie_word_embeddings=bool(tied), **FAMILIES[family])
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(settings)
+    experts = {"experts_implementation": "eager"} if "moe" in family else {}  # the default knows no float64
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(settings, **experts)
     for parameter in model.parameters():  # weights large enough that every term matters
         parameter.data.normal_(std=0.2) if parameter.dim() > 1 else parameter.data.add_(
             0.1 * torch.randn_like(parameter)

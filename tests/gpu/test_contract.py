@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import ibkernels
@@ -198,7 +199,8 @@ def test_a_compiled_layer_draws_its_own_noise(encoder: str, monkeypatch: pytest.
 
 def test_a_count_in_host_memory_does_not_wait() -> None:
     inputs, labels = head_inputs(SHAPE.tokens, SHAPE.width, SHAPE.vocabulary, DTYPE)
-    counts: list[Any] = [torch.tensor(91), 91, torch.tensor(91, device=DEVICE)]
+    # A power of two: a GPU divides by a number in host memory by multiplying with its reciprocal.
+    counts: list[Any] = [torch.tensor(64), 64, torch.tensor(64, device=DEVICE)]
     losses = []
     for _ in range(2):  # the first compiles
         with no_waiting() if losses else contextlib.nullcontext():
@@ -289,7 +291,8 @@ def test_a_search_for_configurations(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     for name, tensor in tuned.items():
         assert (tensor.float() - shipped[name].float()).norm() <= 2e-2 * shipped[name].float().norm(), name
     with no_waiting():
-        assert_same(tuned, step(rng))
+        again = step(rng)
+    assert_same(tuned, again)
     assert_same(tuned, captured(lambda: step(rng))())
 
 
@@ -318,11 +321,23 @@ def test_memory_stays_within_its_budget(op: str) -> None:
     assert peak <= budget, f"{peak / 1e6:.0f} MB beyond inputs and outputs, of {budget / 1e6:.0f} MB"
 
 
+class _NoReading(TorchDispatchMode):
+    """What a dry run can tell of the waits: outside of the ops' own implementations the host reads no tensor's value."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func not in _READS, f"{func} would wait for the device"
+        return func(*args, **(kwargs or {}))
+
+
+_READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default, torch.ops.aten.nonzero.default)
+
+
 @contextlib.contextmanager
 def no_waiting() -> Iterator[None]:
-    """Makes a wait of the host for the device an error (dry mode: nothing)."""
+    """Makes a wait of the host for the device an error."""
     if DRY:
-        yield
+        with _NoReading():
+            yield
         return
     synchronise()
     torch.cuda.set_sync_debug_mode("error")

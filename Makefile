@@ -12,7 +12,7 @@ CSRC := $(shell find ibkernels/csrc -type f)
 GPU_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 DRY_RUN := $(if $(filter-out 0,$(DRY)),IBKERNELS_DRY=1 TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES=)
 
-.PHONY: demo test test-slow bench gpu aot sanitize lint format install clean
+.PHONY: demo test test-slow bench gpu gpu-tests gpu-times aot sanitize lint format install clean
 
 demo: $(INSTALLED)
 	$(BIN)/ibft lab --quick --output_dir runs/lab-quick --overwrite
@@ -29,13 +29,23 @@ test-slow: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest benchmarks -q --benchmark-quiet --records $(or $(OUT),runs/bench)
 
-# Three processes where pytest-xdist is there: most of the time goes into compiling kernels. Timings follow even where a
-# test failed: they have gates of their own, and time on a GPU is dear. (pytest's options: pyproject.toml's need plugins.)
+# Timings follow even where a test failed: they have gates of their own, and time on a GPU is dear. Where a command may
+# take ten minutes, make takes the two one by one, with TESTS_SECONDS below that: what failed until then is reported.
 gpu:
-	@status=0; parallel=; export PYTHONPATH=. $(DRY_RUN); \
+	@status=0; $(MAKE) --no-print-directory gpu-tests || status=1; \
+	$(MAKE) --no-print-directory gpu-times || status=1; exit $$status
+
+# Three processes where pytest-xdist is there: most of the time goes into compiling kernels. (pytest's options:
+# pyproject.toml's need plugins.) What else PYTHONPATH names is kept: other libraries may have been brought along.
+GPU_PATH := .$(if $(PYTHONPATH),:$(PYTHONPATH))
+gpu-tests:
+	@limit=; parallel=; export PYTHONPATH=$(GPU_PATH) $(DRY_RUN); \
+	if [ -n "$(TESTS_SECONDS)" ]; then limit="timeout --signal=INT --kill-after=30 $(TESTS_SECONDS)"; fi; \
 	if [ -z "$$IBKERNELS_DRY" ] && $(GPU_PYTHON) -c 'import xdist' 2>/dev/null; then parallel="-n 3"; fi; \
-	$(GPU_PYTHON) -m pytest tests/gpu -o addopts=--import-mode=importlib -q -rs --durations=10 $$parallel || status=1; \
-	$(GPU_PYTHON) -m benchmarks.gpu || status=1; exit $$status
+	$$limit $(GPU_PYTHON) -m pytest tests/gpu -o addopts=--import-mode=importlib -q -rs --durations=10 $$parallel
+
+gpu-times:
+	@export PYTHONPATH=$(GPU_PATH) $(DRY_RUN); $(GPU_PYTHON) -m benchmarks.gpu
 
 aot: $(INSTALLED)
 	$(BIN)/python -m ibkernels.aot

@@ -42,7 +42,6 @@ Call = Callable[[bool], Named]  # outputs; True: with the noise that the float64
 class Case(NamedTuple):
     """One table. A variant runs its whole pass for the gate and the memory, and `steps` makes what is timed."""
 
-    name: str
     calls: dict[str, Call]
     inputs: Named
     exact: Callable[[], Named]
@@ -67,16 +66,17 @@ class Case(NamedTuple):
         )  # fmt: skip
 
 
-def cases() -> Iterator[Case]:
-    """One after the other, so that the memory of each is free for the next."""
+def cases() -> Iterator[tuple[str, Callable[[], Case]]]:
+    """Names, and what makes each, so that the memory of one is free for the next."""
     for encoder in ("linear", "lora"):
-        yield from encoder_cases(encoder)
-    yield bottleneck_head_case()
-    yield wide_head_case()
+        for direction in ("forward", "backward"):
+            yield f"bottleneck, {encoder}: {direction}", partial(encoder_case, encoder, direction == "backward")
+    yield "bottleneck cross-entropy: forward + backward", bottleneck_head_case
+    yield "wide cross-entropy, frozen head: forward + backward", wide_head_case
 
 
-def encoder_cases(encoder: str) -> Iterator[Case]:
-    """Forward as in training (what backward needs is saved), then backward alone."""
+def encoder_case(encoder: str, backward: bool) -> Case:
+    """Forward as in training (what backward needs is saved), or backward alone."""
     n, h, k, r, _ = MEASURED
     inputs = leaves(encoder_inputs(MEASURED, encoder, DTYPE))
     rng, rows = torch.tensor([0, 1], device=DEVICE), torch.arange(n, device=DEVICE)
@@ -95,27 +95,24 @@ def encoder_cases(encoder: str) -> Iterator[Case]:
         COMPILED: lambda checked: compiled(inputs, eps if checked else None),
     }
 
-    def exact(backward: bool) -> Named:
+    def exact() -> Named:
         copies = leaves(inputs, torch.float64)
         outputs = eager_bottleneck(copies, eps)
         return with_gradients(outputs, copies) if backward else outputs
 
     hidden = inputs["hidden"].detach()
-    forward_floor: Floors
-    backward_floor: Floors
-    moved: dict[str, int]
+    floors: Floors
+    moved: dict[str, int] = {}
     if encoder == "linear":
         weight, grad = inputs["weight"].detach(), torch.randn(n, 2 * k, device=DEVICE).to(DTYPE)
-        forward_floor, moved = {GEMMS: lambda: hidden @ weight.T}, {}
-        backward_floor = {GEMMS: lambda: (grad @ weight, grad.T @ hidden)}
+        floors = {GEMMS: (lambda: (grad @ weight, grad.T @ hidden)) if backward else (lambda: hidden @ weight.T)}
     else:
         target = torch.empty_like(hidden)
-        forward_floor = backward_floor = {COPY: lambda: target.copy_(hidden)}
-        size = hidden.element_size()
-        moved = {COPY: 2 * n * h * size, OURS: n * (h + k + r) * size + n * 4 + r * (h + 2 * k) * size}
-    name = f"bottleneck, {encoder}"
-    yield Case(f"{name}: forward", calls, inputs, partial(exact, False), "none", forward_floor, moved, {})
-    yield Case(f"{name}: backward", calls, inputs, partial(exact, True), "alone", backward_floor, {}, {})
+        floors = {COPY: lambda: target.copy_(hidden)}
+        if not backward:
+            size = hidden.element_size()
+            moved = {COPY: 2 * n * h * size, OURS: n * (h + k + r) * size + n * 4 + r * (h + 2 * k) * size}
+    return Case(calls, inputs, exact, "alone" if backward else "none", floors, moved, {})
 
 
 def bottleneck_head_case() -> Case:
@@ -150,8 +147,7 @@ def bottleneck_head_case() -> Case:
         del_matrix = grad.T @ z
         _ = z @ matrix.T, grad @ matrix, head.T @ del_matrix
 
-    name = "bottleneck cross-entropy: forward + backward"
-    return Case(name, calls, inputs, partial(exact_bottleneck_head, inputs, labels), "with", {GEMMS: products}, {}, {})
+    return Case(calls, inputs, partial(exact_bottleneck_head, inputs, labels), "with", {GEMMS: products}, {}, {})
 
 
 def wide_head_case() -> Case:
@@ -187,10 +183,7 @@ def wide_head_case() -> Case:
     def products() -> None:
         _ = x @ weight.T, grad @ weight
 
-    return Case(
-        "wide cross-entropy, frozen head: forward + backward",
-        calls, inputs, exact, "with", {GEMMS: products}, {}, left_out,
-    )  # fmt: skip
+    return Case(calls, inputs, exact, "with", {GEMMS: products}, {}, left_out)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -7,12 +7,13 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import gpu
+from benchmarks import gpu, gpu_cases
 from benchmarks.gpu_plots import DRY_LABEL, figure, plots
 from benchmarks.gpu_report import TARGETS, report
 
@@ -58,6 +59,54 @@ def test_without_a_gpu_tests_are_skipped_and_benchmarks_refuse() -> None:
     assert tests.returncode == 0 and "needs a GPU" in tests.stdout and " passed" not in tests.stdout
     benchmarks = run(sys.executable, "-m", "benchmarks.gpu")
     assert benchmarks.returncode == 2 and "there is no GPU" in benchmarks.stderr
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_libraries_that_were_brought_along_are_found_and_a_limit_reports_what_failed() -> None:
+    recipe = run("make", "-n", "gpu", "TESTS_SECONDS=9", PYTHONPATH="/brought").stdout
+    assert recipe.count("export PYTHONPATH=.:/brought ") == 2  # the tests and the timings
+    assert 'limit="timeout --signal=INT --kill-after=30 9"' in recipe
+
+
+def test_a_case_that_cannot_be_measured_leaves_the_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured = {"left_out": {}, "seconds": {"ibkernels": [1.0]}}
+
+    def out_of_memory() -> Any:
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(gpu, "DRY", True)
+    monkeypatch.setattr(gpu_cases, "cases", lambda: iter([("one", out_of_memory), ("other", lambda: measured)]))
+    monkeypatch.setattr(gpu, "measure_case", lambda case, timer: case)
+    saved: list[dict[str, Any]] = []
+    record = gpu.measure(lambda cases: saved.append(dict(cases)))
+    assert (
+        record["one"]["left_out"] == {"ibkernels": "RuntimeError: CUDA out of memory"} and not record["one"]["seconds"]
+    )
+    assert record["other"] is measured and [list(cases) for cases in saved] == [["one"], ["one", "other"]]
+    assert "out_of_memory" in capsys.readouterr().err
+    written = report({**record_of(seconds=0.001, bytes=1e6), "cases": {"one": record["one"]}})
+    assert "Not measured: ibkernels (RuntimeError: CUDA out of memory)." in written
+
+
+@pytest.mark.parametrize(("late", "slept"), [([False], 1), ([True, False], 2), ([True] * 9, 4)])
+def test_a_call_is_timed_again_where_the_device_did_not_wait_for_the_host(
+    late: list[bool], slept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, cycles = iter(late), []
+    event = SimpleNamespace(
+        record=lambda: None, synchronize=lambda: None, query=lambda: next(asked), elapsed_time=lambda end: 3.0
+    )
+    stand_in = SimpleNamespace(
+        get_device_properties=lambda: SimpleNamespace(L2_cache_size=8),
+        Event=lambda enable_timing: event,
+        _sleep=cycles.append,
+    )
+    monkeypatch.setattr(gpu, "torch", SimpleNamespace(cuda=stand_in, zeros=lambda *_, **__: torch.zeros(1), float32=0))
+    calls: list[None] = []
+    assert gpu.DeviceTimer()(lambda: calls.append(None)) == 3e-3
+    assert len(calls) == slept and cycles == [gpu._AHEAD_CYCLES * 2**i for i in range(slept)]
 
 
 def record_of(**ours: float) -> dict[str, Any]:

@@ -322,7 +322,7 @@ def test_memory_stays_within_its_budget(op: str) -> None:
 
 
 class _NoReading(TorchDispatchMode):
-    """What a dry run can tell of the waits: outside of the ops' own implementations the host reads no tensor's value."""
+    """What a dry run can tell of the waits: outside of the ops' implementations the host reads no tensor's value."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         assert func not in _READS, f"{func} would wait for the device"

@@ -12,7 +12,7 @@ CSRC := $(shell find ibkernels/csrc -type f)
 GPU_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 DRY_RUN := $(if $(filter-out 0,$(DRY)),IBKERNELS_DRY=1 TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES=)
 
-.PHONY: demo test test-slow bench gpu gpu-tests gpu-times aot sanitize lint format install clean
+.PHONY: demo test test-slow bench gpu gpu-tests gpu-times gpu-step aot sanitize lint format install clean
 
 demo: $(INSTALLED)
 	$(BIN)/ibft lab --quick --output_dir runs/lab-quick --overwrite
@@ -46,6 +46,10 @@ gpu-tests:
 
 gpu-times:
 	@export PYTHONPATH=$(GPU_PATH) $(DRY_RUN); $(GPU_PYTHON) -m benchmarks.gpu
+
+# Of a model of 1.3B parameters: needs transformers and peft too, and for all of its variants trl, datasets and Liger.
+gpu-step:
+	@export PYTHONPATH=$(GPU_PATH) $(DRY_RUN); $(GPU_PYTHON) -m benchmarks.gpu_step
 
 aot: $(INSTALLED)
 	$(BIN)/python -m ibkernels.aot

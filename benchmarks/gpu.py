@@ -85,10 +85,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         "command": "python -m benchmarks.gpu", "dry": DRY, **environment(), "shape": MEASURED._asdict(), "cases": {},
     }  # fmt: skip
     folder = Path(os.environ.get("OUT") or ("runs" if DRY else "benchmarks/results"))
-    name = "dry" if DRY else re.sub(r"[^a-z0-9]+", "-", record["device"]["name"].lower()).strip("-")
-    record["cases"] = measure(lambda cases: write_record(folder / f"gpu-{name}.json", {**record, "cases": cases}))
+    file = folder / f"gpu-{record_name(record)}.json"
+    record["cases"] = measure(lambda cases: write_record(file, {**record, "cases": cases}))
     print(report(record))
     return 1 if any("ibkernels" in case["left_out"] for case in record["cases"].values()) else 0
+
+
+def record_name(record: dict[str, Any]) -> str:
+    """What a record's file is called after."""
+    return "dry" if DRY else re.sub(r"[^a-z0-9]+", "-", record["device"]["name"].lower()).strip("-")
 
 
 def report_file(file: Path, folder: Path | None) -> int:

@@ -53,16 +53,7 @@ def build_variant(
     """One of VARIANTS, in training mode. sample=False: IBModel takes no noise."""
     if variant not in VARIANTS:
         raise ValueError(f"the variant is {variant!r}; it must be one of {', '.join(VARIANTS)}.")
-    base = _build_base(size, max_length).to(dtype)
-    # Both LoRA factors random: with the usual zero in B, the gradient of A would be zero and its check empty.
-    lora = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=size.lora_rank,
-        lora_alpha=size.lora_rank,
-        lora_dropout=0.0,
-        target_modules="all-linear",
-        init_lora_weights=False,
-    )
+    base, lora = build_base(size, max_length).to(dtype), lora_config(size)
     layer = EagerBottleneck(size.hidden, bottleneck_dim).to(dtype)  # the last to draw, so that all models agree
     torch.manual_seed(SEED)
     if variant.startswith("eager"):
@@ -81,7 +72,20 @@ def build_variant(
     return Variant(model.train(), layer if variant == "eager-ib" else None, parameters)
 
 
-def _build_base(size: ModelSize, max_length: int) -> LlamaForCausalLM:
+def lora_config(size: ModelSize) -> LoraConfig:
+    """Both factors random: with the usual zero in B, the gradient of A would be zero and its check empty."""
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=size.lora_rank,
+        lora_alpha=size.lora_rank,
+        lora_dropout=0.0,
+        target_modules="all-linear",
+        init_lora_weights=False,
+    )
+
+
+def build_base(size: ModelSize, max_length: int) -> LlamaForCausalLM:
+    """A Llama with random weights, the same ones every time, in float32."""
     torch.manual_seed(SEED)
     config = LlamaConfig(
         vocab_size=size.vocabulary,

@@ -32,14 +32,14 @@ def read(path: Path) -> Record:
 
 def suite(record: Record) -> str:
     """Of which suite a record is; those before the field was there are told by what they hold."""
-    if "dry" in record:
-        return "gpu"
-    return record.get("suite") or ("padding" if "real_tokens" in record else "step")
+    if "suite" in record:
+        return record["suite"]
+    return "gpu" if "dry" in record else "padding" if "real_tokens" in record else "step"
 
 
 def sections(record: Record) -> dict[str, Callable[[], str]]:
     """What can be told of a record, by name."""
-    from benchmarks import gpu_report, padding, step, step_report
+    from benchmarks import gpu_report, gpu_step, padding, step, step_report
 
     found: dict[str, dict[str, Callable[[], str]]] = {
         "ops": {
@@ -56,6 +56,7 @@ def sections(record: Record) -> dict[str, Callable[[], str]]:
         "step scaling": {"table": lambda: step_report.axes(record)},
         "padding": {"table": lambda: padding.table(record)},
         "gpu": {"table": lambda: gpu_report.report(record)},
+        "gpu step": {"table": lambda: gpu_step.table(record)},
     }
     return found[suite(record)]
 

@@ -81,7 +81,7 @@ _LORA_BACKWARD = {
 }
 _HEAD = {
     **{"x": "*T", "weight": "*T", "bias": "*fp32", "labels": "*i64", "upstream": "*fp32", "losses": "*fp32"},
-    **dict.fromkeys(("peak", "total", "pull", "lse", "peaks", "factors", "entropy"), "*fp32"),
+    **dict.fromkeys(("peak", "total", "pull", "lse", "peaks", "factors", "owns", "entropy"), "*fp32"),
     **dict.fromkeys(("logit_sum", "weighted_sum", "weight_sum"), "*fp32"),
     **{"best": "*i32", "correct": "*u1", "ignore_index": "i32", "S": "i32"},
     **dict.fromkeys(("label_smoothing", "z_loss", "softcap", "logit_scale"), "fp32"),

@@ -134,7 +134,8 @@ _SHIPPED: dict[str, dict[int, list[tuple[int, dict[str, Config | None]]]]] = {
                 256,
                 {
                     "default": _config(8, 2, BM=128, BV=64),
-                    "sm_89": _config(8, 2, BM=128, BV=32),
+                    "sm_80": _config(8, 2, BM=64, BV=128),
+                    "sm_89": _config(8, 2, BM=64, BV=64),
                     "gfx942": _config(8, 1, BM=128, BV=32),
                 },
             ),
@@ -156,9 +157,8 @@ _SHIPPED: dict[str, dict[int, list[tuple[int, dict[str, Config | None]]]]] = {
             (
                 128,
                 {
-                    "default": _config(8, 2, BM=128, BV=64),
+                    "default": _config(8, 2, BM=128, BV=32),
                     "sm_90": _config(8, 2, BM=128, BV=128),
-                    "sm_100": _config(8, 2, BM=128, BV=32),
                     "gfx942": _config(8, 1, BM=128, BV=32),
                 },
             ),

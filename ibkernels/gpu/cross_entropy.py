@@ -6,12 +6,14 @@
     grad_weight  vocabulary-parallel, logits again: 4·N·V·D
 
 The vocabulary may be split over programs that leave partial sums; a finishing kernel puts them together in a fixed
-order, takes the target's row apart, and applies the options. Both passes are bound by the tensor cores and, for small
-D, by the exponentials: N·V of them a pass.
+order, adds the target, and applies the options. Both passes are bound by the tensor cores and, for small D, by the
+exponentials: N·V of them a pass.
 
-In half precision and without a soft cap only. A confident token's gradient is the small difference of the sum and the
-target's row, whose exponential is then 1, which no rounding changes; times the slope of a soft cap, or the row in TF32,
-it would not be.
+All sums leave the target out. The gradient of a token is that of the others, and the target's row times -(1 - p), which
+is what the others have of the probability: of a confident token little, and not to be had from the difference of p and
+1, or of two sums, after tensor cores have cut off (they do not round) the last bit of each partial one.
+
+In half precision and without a soft cap only.
 """
 
 import functools
@@ -43,6 +45,7 @@ def cross_entropy_fwd_kernel(
     weighted_sum,  # [S, N], sum of exp(logit - peak) (logit - peak), for the entropy
     best,  # [S, N] int32, the first column of the largest logit
     pull,  # [S, N, D] float32, sum of exp(logit - peak) weight_row
+    labels,  # [N] int64: these words are left out of all sums but logit_sum
     N,
     V,
     D,
@@ -61,6 +64,8 @@ def cross_entropy_fwd_kernel(
     o_d = tl.arange(0, BD)
     in_n, in_d = o_n < N, o_d < D
     b_x = tl.load(x + o_n.to(tl.int64)[:, None] * D + o_d[None, :], mask=in_n[:, None] & in_d[None, :], other=0.0)
+    label = tl.load(labels + o_n, mask=in_n, other=-1)
+    target = tl.where((label >= 0) & (label < V), label, -1).to(tl.int32)  # none that 32 bits do not hold
     b_peak = tl.full((BM,), LOWEST, tl.float32)
     b_total = tl.zeros((BM,), tl.float32)
     b_logit_sum = tl.zeros((BM,), tl.float32)
@@ -80,7 +85,7 @@ def cross_entropy_fwd_kernel(
             logits += tl.load(bias + o_v, mask=in_v, other=0.0)[None, :]
         if SMOOTH:
             b_logit_sum += tl.sum(tl.where(in_v[None, :], logits, 0.0), 1)
-        logits = tl.where(in_v[None, :], logits, float("-inf"))
+        logits = tl.where(in_v[None, :] & (tl.arange(0, BV)[None, :] != (target - v)[:, None]), logits, float("-inf"))
         highest = tl.max(logits, 1)
         new_peak = tl.maximum(b_peak, highest)
         decay = tl.exp2((b_peak - new_peak) * LOG2E)
@@ -129,8 +134,9 @@ def cross_entropy_finish_kernel(
     weight_sum,  # [D] float32, sum of the weight's rows: label smoothing only
     losses,  # [N] float32
     lse,  # [N] float32
-    peaks,  # [N] float32, and the factor of exp(logit - peak) in the gradient: for the weight's
-    factors,  # [N] float32
+    peaks,  # [N] float32; for the weight's gradient, as the next two
+    factors,  # [N] float32, of exp(logit - peak) in the gradient
+    owns,  # [N] float32, the gradient of the target's logit, but for label smoothing
     entropy,  # [N] float32
     correct,  # [N] bool
     grad_x,  # [N, D]
@@ -173,6 +179,8 @@ def cross_entropy_finish_kernel(
             b_best = tl.where(split_peak > b_peak, tl.load(best + o_s, mask=in_n, other=0), b_best)
         b_peak = tl.maximum(b_peak, split_peak)
         o_s += N
+    others_peak = b_peak
+    b_peak = tl.where(known, tl.maximum(b_peak, target_logit), b_peak)
     b_total = tl.zeros((BM,), tl.float32)
     b_logit_sum = tl.zeros((BM,), tl.float32)
     b_weighted = tl.zeros((BM,), tl.float32)
@@ -192,6 +200,9 @@ def cross_entropy_finish_kernel(
             b_pull += tl.load(pull + o_s[:, None] * D + o_d[None, :], mask=mask, other=0.0) * decay[:, None]
         o_s += N
 
+    b_others = b_total
+    b_own = tl.where(known, tl.exp2((target_logit - b_peak) * LOG2E), 0.0)
+    b_total += b_own
     log_total = tl.log(b_total)
     b_lse = log_total + b_peak
     b_loss = log_total + (b_peak - target_logit)  # not lse - target: a large common offset would cost digits
@@ -206,13 +217,17 @@ def cross_entropy_finish_kernel(
     factor = (1.0 + 2.0 * z_loss * b_lse) / b_total
     tl.store(peaks + o_n, b_peak, mask=in_n)
     tl.store(factors + o_n, g * factor, mask=in_n)
+    # p (1 + 2 z lse) - 1 + label_smoothing, with the others' share for 1 - p
+    own = (2.0 * z_loss * b_lse * b_own - b_others) / b_total + label_smoothing
+    tl.store(owns + o_n, g * own, mask=in_n)
     if STATS:
+        b_weighted += b_own * tl.maximum(target_logit - b_peak, LOWEST)  # 0 log 0 = 0
         b_entropy = tl.where(valid, log_total - b_weighted / b_total, 0.0)
         tl.store(entropy + o_n, b_entropy, mask=in_n)
-        tl.store(correct + o_n, (b_best.to(tl.int64) == target) & valid, mask=in_n)
+        first = (target_logit > others_peak) | ((target_logit == others_peak) & (target < b_best))
+        tl.store(correct + o_n, first & valid & known, mask=in_n)
     if PULL:
-        b_grad = b_pull * factor[:, None]
-        b_grad -= (1.0 - label_smoothing) * b_row
+        b_grad = b_pull * factor[:, None] + own[:, None] * b_row
         if SMOOTH:
             b_grad -= (label_smoothing / V) * tl.load(weight_sum + o_d, mask=o_d < D, other=0.0)[None, :]
         b_grad *= (g * logit_scale)[:, None]
@@ -229,6 +244,7 @@ def cross_entropy_bwd_weight_kernel(
     upstream,
     peaks,
     factors,
+    owns,
     grad_weight,  # [V, D] float32
     grad_bias,  # [V] float32
     N,
@@ -262,16 +278,18 @@ def cross_entropy_bwd_weight_kernel(
         g = tl.load(upstream + o_n, mask=in_n, other=0.0)
         b_peak = tl.load(peaks + o_n, mask=in_n, other=0.0)
         factor = tl.load(factors + o_n, mask=in_n, other=0.0)
+        own = tl.load(owns + o_n, mask=in_n, other=0.0)
         if b_x.dtype == tl.float16:
             g *= RAISED
             factor *= RAISED
+            own *= RAISED
         logits = tl.dot(b_weight, tl.trans(b_x)) * logit_scale  # [BV, BM]
         if HAS_BIAS:
             logits += b_bias[:, None]
         grad = tl.exp2((logits - b_peak[None, :]) * LOG2E) * factor[None, :]
+        grad = tl.where(o_v[:, None] == target[None, :], own[None, :], grad)
         if SMOOTH:
             grad -= (g * (label_smoothing / V))[None, :]
-        grad -= tl.where(o_v[:, None] == target[None, :], (g * (1.0 - label_smoothing))[None, :], 0.0)
         # A row of no weight is left out by selection: 0 times a logit's infinity would be no number.
         grad = tl.where((g != 0)[None, :], grad, 0.0)
         if NEEDS_BIAS:
@@ -312,7 +330,7 @@ def narrow_cross_entropy(
     def sums(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, device=x.device, dtype=dtype)
 
-    losses, lse, peaks, factors = (sums(num_tokens) for _ in range(4))
+    losses, lse, peaks, factors, owns = (sums(num_tokens) for _ in range(5))
     entropy = torch.zeros_like(upstream)
     correct = torch.zeros_like(labels, dtype=torch.bool)
     grad_x = torch.empty_like(x) if needs[0] else None
@@ -336,6 +354,7 @@ def narrow_cross_entropy(
             weight,
             bias,
             *partial,
+            labels,
             num_tokens,
             vocabulary,
             width,
@@ -361,6 +380,7 @@ def narrow_cross_entropy(
             lse,
             peaks,
             factors,
+            owns,
             entropy,
             correct,
             grad_x,
@@ -387,6 +407,7 @@ def narrow_cross_entropy(
             upstream,
             peaks,
             factors,
+            owns,
             grad_weight,
             grad_bias,
             num_tokens,

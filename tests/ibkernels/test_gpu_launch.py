@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -277,6 +278,34 @@ def test_of_a_high_rank_only_what_is_needed_is_computed(needed: int) -> None:
         z, kl = ibkernels.variational_bottleneck(leaves[0], (leaves[1], leaves[2]), leaves[3], RNG, backend=backend)
         gradients.append({"": torch.autograd.grad(z.sum() + kl.sum(), leaves[needed])[0]})
     assert_close(*gradients, 1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 1e-4, "z_loss": 1e-4}], ids=["plain", "options"])
+def test_confident_tokens_keep_their_gradient_where_sums_are_cut_off(
+    options: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensor cores cut off every sum's last bits, always towards zero; here more of them, for there are few blocks."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    exactly = InterpreterBuilder.create_dot
+
+    def cut_off(*arguments: Any) -> Any:
+        product = exactly(*arguments)
+        product.data = (product.data.view(np.uint32) & 0xFFFFFE00).view(np.float32)  # 14 bits of 23 stay
+        return product
+
+    weight, labels = normal(V, K), torch.arange(N) * 7 % V
+    rows = weight[labels]
+    x = rows * (11 / rows.square().sum(dim=1, keepdim=True))  # the label's logit is 11
+    results = []
+    for dtype, backend in ((torch.float16, "triton"), (torch.float64, "reference")):
+        monkeypatch.setattr(InterpreterBuilder, "create_dot", cut_off if backend == "triton" else exactly)
+        own = [tensor.half().to(dtype).requires_grad_() for tensor in (x, weight)]
+        loss = ibkernels.linear_cross_entropy(*own, labels, reduction="sum", backend=backend, **options)
+        results.append([tensor.double() for tensor in torch.autograd.grad(loss, own)])
+    (grad, grad_weight), (exact, exact_weight) = results
+    assert ((grad - exact).norm(dim=1) <= 2**-7 * exact.norm(dim=1)).all()
+    assert (grad_weight - exact_weight).norm() <= 2**-7 * exact_weight.norm()
 
 
 @pytest.mark.parametrize(

@@ -141,13 +141,14 @@ def test_cross_entropy_of_many_rows(rows: int, first: int, monkeypatch: pytest.M
     monkeypatch.setattr(configs, "splits", lambda *_: 8)
     words = torch.randn(first + 13, WIDTH, generator=torch.Generator().manual_seed(0)).half() / 8
     labels, upstream = torch.empty(rows, dtype=torch.int64), torch.empty(rows)
-    labels[-1], upstream[-1] = 7, 1
+    labels[-1], upstream[-1] = first + 7, 1
     result = cross_entropy.narrow_cross_entropy(
         many(1.0)[-rows:], words, None, labels, upstream, LogitOptions(), (True, False, False), True
     )
     logits = words.double().sum(dim=1)
-    assert_close(result.losses[-1], logits[first:].logsumexp(dim=0) - logits[7])
-    assert_close(result.grad_input[-1], logits[first:].softmax(dim=0) @ words[first:].double() - words[7].double())
+    assert_close(result.losses[-1], logits[first:].logsumexp(dim=0) - logits[first + 7])
+    pull = logits[first:].softmax(dim=0) @ words[first:].double()
+    assert_close(result.grad_input[-1], pull - words[first + 7].double())
 
 
 class InPlaceOf:
@@ -164,28 +165,33 @@ class InPlaceOf:
         return fill
 
 
-def of_many_words(splits: Callable[..., int], needs: tuple[bool, bool, bool], patch: pytest.MonkeyPatch) -> Any:
-    """Logits 0 but for the last, which is 1 and the label's."""
+def of_many_words(
+    splits: Callable[..., int], label: int, needs: tuple[bool, bool, bool], patch: pytest.MonkeyPatch
+) -> Any:
+    """Logits 0 but for the last, which is 1."""
     patch.setattr(configs, "splits", splits)
-    x, last = torch.ones(1, WIDTH, dtype=torch.float16), torch.tensor([MANY - 1])
+    x, labels = torch.ones(1, WIDTH, dtype=torch.float16), torch.tensor([label])
     return cross_entropy.narrow_cross_entropy(
-        x, many(1 / WIDTH), None, last, torch.ones(1), LogitOptions(), needs, False
+        x, many(1 / WIDTH), None, labels, torch.ones(1), LogitOptions(), needs, False
     )
 
 
 def test_cross_entropy_of_many_words(monkeypatch: pytest.MonkeyPatch, launched: dict[str, tuple[Any, ...]]) -> None:
     """Each block of words is a split, of which the last has five; to put them all together would take hours."""
-    monkeypatch.setattr(cross_entropy, "cross_entropy_finish_kernel", InPlaceOf({14: 1.0, 15: 0.25}))
-    result = of_many_words(lambda device, row_blocks, column_blocks: column_blocks, (True, True, False), monkeypatch)
+    monkeypatch.setattr(cross_entropy, "cross_entropy_finish_kernel", InPlaceOf({14: 1.0, 15: 0.25, 16: -0.75}))
+    result = of_many_words(
+        lambda device, row_blocks, column_blocks: column_blocks, MANY - 2, (True, True, False), monkeypatch
+    )
     peak, total, *_, pull = launched["cross_entropy_fwd_kernel"][3:9]
     assert_close(peak[-1], 1.0)
-    assert_close(total[-1], 1 + 4 * math.exp(-1))
+    assert_close(total[-1], 1 + 3 * math.exp(-1))  # without the label's
     assert_close(pull[-1], 1 / WIDTH)
-    assert_close(result.grad_weight[-1], 0.25 - 1)
+    assert_close(result.grad_weight[-1], 0.25)
+    assert_close(result.grad_weight[-2], -0.75)
 
 
 def test_cross_entropy_of_the_last_of_many_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cross_entropy, "cross_entropy_fwd_kernel", InPlaceOf({3: 1.0, 4: 2.0, 8: 0.0}))
-    result = of_many_words(lambda *_: 1, (True, False, False), monkeypatch)
-    assert_close(result.losses, math.log(2))  # of a sum of exp(logit - 1) that is 2
-    assert_close(result.grad_input, -1 / WIDTH)
+    monkeypatch.setattr(cross_entropy, "cross_entropy_fwd_kernel", InPlaceOf({3: 1.0, 4: 1.0, 8: 0.0}))
+    result = of_many_words(lambda *_: 1, MANY - 1, (True, False, False), monkeypatch)
+    assert_close(result.losses, math.log(2))  # of a sum of exp(logit - 1) that is 1, and the label's
+    assert_close(result.grad_input, -0.5 / WIDTH)

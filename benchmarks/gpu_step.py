@@ -85,7 +85,7 @@ class Step:
             pad_token_id=0,
             max_length=TOKENS,
             packing="best-fit" if ours else "none",
-            lengths=ours and attention.takes_lengths,
+            lengths=attention.lengths if ours else None,
         )
         self.batch = {n: t.to(device) if isinstance(t, Tensor) else t for n, t in batch.items()}
         self.labels = batch["label_indices"].numel()

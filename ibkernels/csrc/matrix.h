@@ -1,5 +1,5 @@
-// Products of row-major float32 matrices inside a parallel region. They go through torch's library GEMM, which runs on one
-// thread there; work is split into tiles whose sizes depend on the problem alone, so that no result depends on how many
+// Products of row-major float32 matrices inside a parallel region. They go through torch's library GEMM, which is held to
+// one thread there; work is split into tiles whose sizes depend on the problem alone, so that no result depends on how many
 // threads there are. Products of bfloat16 matrices are in bfloat16.h.
 #pragma once
 
@@ -16,6 +16,10 @@
 #include <new>
 
 #include "kernels.h"
+
+#ifdef __linux__  // elsewhere torch has no MKL, and a linker may not take a symbol that no library has
+extern "C" [[gnu::weak]] int MKL_Set_Num_Threads_Local(int threads);
+#endif
 
 namespace ibkernels {
 
@@ -60,12 +64,29 @@ inline void add_transposed_product(const Matrix& out, const Matrix& a, const Mat
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// While it lives, MKL takes this thread for its only one. Even inside a parallel region MKL may, on Intel's processors, split
+// a product's sums for as many threads as torch was given. A library that is not MKL knows where it is.
+struct OneThread {
+  OneThread() { set(1); }
+  ~OneThread() { set(0); }  // what holds for all threads
+  OneThread(const OneThread&) = delete;
+  OneThread& operator=(const OneThread&) = delete;
+
+  static void set([[maybe_unused]] int threads) {
+#ifdef __linux__
+    if (MKL_Set_Num_Threads_Local != nullptr) MKL_Set_Num_Threads_Local(threads);
+#endif
+  }
+};
+
 // visit(begin, end) for shares of `count` tasks, in parallel. A single task would run outside of a parallel region, where
 // the library may split its sums over threads: an empty second one prevents that.
 template <typename Visit>
 void for_shares(int64_t count, const Visit& visit) {
-  at::parallel_for(0, count == 1 ? 2 : count, 1,
-                   [&](int64_t begin, int64_t end) { visit(begin, std::min(end, count)); });
+  at::parallel_for(0, count == 1 ? 2 : count, 1, [&](int64_t begin, int64_t end) {
+    const OneThread one;
+    visit(begin, std::min(end, count));
+  });
 }
 
 // visit(row, rows, column, columns) for every tile of a rows x columns matrix, in parallel.

@@ -111,6 +111,13 @@ def test_cross_entropy_is_the_same_for_any_number_of_threads(
         assert all(torch.equal(actual[name], expected[name]) for name in expected), threads
 
 
+def test_the_threads_of_torchs_own_products_stay_as_they_were(several_threads):
+    several_threads(3)
+    before = torch.__config__.parallel_info()  # with the number that MKL has for this thread
+    bottleneck("linear", 37, torch.float32)
+    assert torch.__config__.parallel_info() == before
+
+
 def test_blocks_of_logits_keep_to_their_budget(monkeypatch):
     """However small the budget, results are those of one block, to rounding."""
     whole = cross_entropy(100, 600, torch.float32)

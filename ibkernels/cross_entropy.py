@@ -8,6 +8,7 @@ known then, and backward computes the logits again.
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import ibkernels.cross_entropy_ops  # noqa: F401  (registers the ops)
@@ -78,18 +79,21 @@ def linear_cross_entropy(
     if bias is not None:
         require_shape("bias", bias, (weight.shape[0],), "[V]")
     require_device(input.device, "input", weight=weight, bias=bias, labels=labels, token_weight=token_weight)
+    input = input.to(compute_dtype(input))
+    weights, unit = _in_units(token_weight, labels, ignore_index, reduction, input.dtype)
     loss, lse, entropy, correct, *_ = torch.ops.ibkernels.linear_cross_entropy(
-        input.to(compute_dtype(input)),
+        input,
         weight,
         bias,
         labels,
-        _detached(token_weight),
+        weights,
         *options,
         reduction == "none",
         _needs(input, weight, bias),
         return_stats,
         backend or "",
     )
+    loss = loss if unit is None else loss * unit
     return _finish(loss, lse, entropy, correct, labels, token_weight, ignore_index, reduction, num_items, return_stats)
 
 
@@ -140,14 +144,16 @@ def bottleneck_cross_entropy(
     require_device(z.device, "z", labels=labels, token_weight=token_weight)
     if absorb not in (True, False, "auto"):
         raise ValueError(f"absorb is {absorb!r}; it must be True, False or 'auto'.")
+    z = z.to(compute_dtype(z))
+    weights, unit = _in_units(token_weight, labels, ignore_index, reduction, z.dtype)
     loss, lse, entropy, correct, *_ = torch.ops.ibkernels.bottleneck_cross_entropy(
-        z.to(compute_dtype(z)),
+        z,
         up_weight,
         up_bias,
         head_weight,
         bias,
         labels,
-        _detached(token_weight),
+        weights,
         *options,
         absorbs(labels.shape[0], hidden_size, width) if absorb == "auto" else bool(absorb),
         reduction == "none",
@@ -155,6 +161,7 @@ def bottleneck_cross_entropy(
         return_stats,
         backend or "",
     )
+    loss = loss if unit is None else loss * unit
     return _finish(loss, lse, entropy, correct, labels, token_weight, ignore_index, reduction, num_items, return_stats)
 
 
@@ -229,5 +236,20 @@ def _needs(*tensors: Tensor | None) -> list[bool]:
     return [grad and tensor is not None and tensor.requires_grad for tensor in tensors]
 
 
-def _detached(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach()
+def _in_units(
+    token_weight: Tensor | None, labels: Tensor, ignore_index: int, reduction: str, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """The op's token weights, and what its loss is in units of (None: 1).
+
+    The gradient of a sum waits for backward in input's dtype. float16 would lose it to weights far from 1, such as
+    1 / a number of tokens, however large the upstream gradient that it is then multiplied by.
+    """
+    if token_weight is None:
+        return None, None
+    token_weight = token_weight.detach()
+    if reduction == "none" or dtype != torch.float16:
+        return token_weight, None
+    weights = torch.where(labels != ignore_index, token_weight.float(), 0)
+    largest = F.pad(weights.abs(), (0, 1)).amax()  # of no tokens, too
+    unit = largest.clamp(min=torch.finfo(torch.float32).tiny)
+    return weights / unit, unit

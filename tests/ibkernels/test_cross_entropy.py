@@ -307,6 +307,25 @@ def test_upstream_gradients_beyond_a_half_types_range(target, width, upstream):
         assert (ours - exact).norm() <= error * exact.norm()
 
 
+@each_head
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("unit", [1e-6, 1e6])
+def test_token_weights_beyond_a_half_types_range(target, head, reduction, unit):
+    """As 1 / a number of tokens is, under a scaled loss: what waits for backward in input's dtype is neither."""
+    inputs, labels, options = prepare(head, target.dtype, {"token_weight": torch.float32, "reduction": reduction})
+    options["token_weight"] = unit * options["token_weight"]
+    options["token_weight"][labels == -100] = float("nan")
+    results = []
+    for dtype, backend in ((target.dtype, target.backend), (torch.float64, "reference")):
+        own = leaves(inputs, dtype)
+        loss = ours(head, own, labels, backend=backend, **options)
+        scale = 2**16 if unit < 1 or reduction == "mean" else 2**-16
+        results.append([t.double() for t in torch.autograd.grad(loss, list(own.values()), loss.new_tensor(scale))])
+    for mine, exact in zip(*results, strict=True):
+        error = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 2**-8, torch.bfloat16: 2**-5}[target.dtype]
+        assert (mine - exact).norm() <= error * exact.norm()
+
+
 @pytest.mark.parametrize("width", [16, 600], ids=["narrow", "wide"])
 def test_a_vocabularys_tail_of_tiny_probabilities(target, width):
     """4000 words of 1.2e-8 each, less than float16 holds: together input's gradient, as the label's row is 0."""

@@ -105,8 +105,9 @@ def _absorbed(
         factors.append(grad_c[:, None])
     if factors:
         product = _times(head.T, *factors)
-        grad_up = product[:, : up.shape[1]].contiguous() if needs_up else None
-        grad_up_bias = product[:, -1].contiguous() if needs_up_bias else None
+        # Copies, even of one row, whose columns are contiguous already: an op's results share no memory.
+        grad_up = product[:, : up.shape[1]].clone(memory_format=torch.contiguous_format) if needs_up else None
+        grad_up_bias = product[:, -1].clone() if needs_up_bias else None
     if needs_head and grad_matrix is not None:
         grad_head = _times_transposed(grad_matrix, up)
         if grad_c is not None and up_bias is not None:

@@ -48,6 +48,7 @@ CASES: dict[str, dict[str, Any]] = {
     "all-ignored-weighted": {"ignored": 1.0, "token_weight": torch.float32},
     "many-blocks-of-words": {"vocabulary": 120},
     "one-word": {"vocabulary": 1},
+    "one-feature": {"sizes": (1, 7)},
     "widths-within-a-block": {"sizes": (40, 35), "label_smoothing": 0.2},
 }
 

@@ -189,6 +189,10 @@ class BottleneckHead(nn.Module):
 def _flat_cross_entropy(
     z: Tensor, up_weight: Tensor, up_bias: Tensor | None, head_weight: Tensor, labels: Tensor, options: dict[str, Any]
 ) -> Tensor | tuple[Tensor, CrossEntropyStats]:
+    if labels.shape != z.shape[:-1]:  # once both are flat, a transposed one would go unnoticed
+        raise ValueError(
+            f"labels has shape {tuple(labels.shape)} and z {tuple(z.shape)}; labels must be {tuple(z.shape[:-1])}."
+        )
     return bottleneck_cross_entropy(
         z.reshape(-1, z.shape[-1]), up_weight, up_bias, head_weight, labels.reshape(-1), **options
     )

@@ -184,6 +184,14 @@ def test_printed_form():
     assert repr(BottleneckHead(H, K, bias=False)) == "BottleneckHead(12, 5, bias=False)"
 
 
+@pytest.mark.parametrize("shape", [(3, 2), (6,), (2, 3, 1)])
+def test_labels_that_do_not_lie_as_z_does_are_refused(shape):
+    head_weight, labels = torch.randn(V, H), torch.zeros(shape, dtype=torch.int64)
+    for module in (make_layer().cross_entropy, BottleneckHead(H, K)):
+        with pytest.raises(ValueError, match=r"labels has shape .*; labels must be \(2, 3\)"):
+            module(torch.randn(2, 3, K), head_weight, labels)
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [

@@ -31,7 +31,7 @@ def require_device(device: torch.device, owner: str, **tensors: Tensor | None) -
 
 
 def require_plain(name: str, tensor: Tensor) -> None:
-    """Raises for what would give a wrong number rather than an error: sharded and integer parameters."""
+    """Raises for what would give a wrong number rather than an error: sharded and quantised parameters."""
     if hasattr(tensor, "full_tensor"):
         raise TypeError(
             f"{name} is a DTensor, a shard of the parameter; pass {name}.full_tensor(), or gather it first."
@@ -40,8 +40,8 @@ def require_plain(name: str, tensor: Tensor) -> None:
         raise ValueError(
             f"{name} has shape {tuple(tensor.shape)}: it is empty, as a sharded parameter is; gather it first."
         )
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name} is {tensor.dtype}; a floating-point tensor is needed (dequantise it first).")
+    if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:  # float8: its scale is kept apart
+        raise TypeError(f"{name} is {tensor.dtype}; floating point of 16 bits or more is needed (dequantise it first).")
 
 
 def require_floating_rows(name: str, tensor: Tensor) -> None:

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from torch import Tensor
+
 
 class LogitOptions(NamedTuple):
     """logits = softcap(logit_scale * (x W^T) + bias), softcap(x) = c tanh(x / c).
@@ -16,7 +18,10 @@ class LogitOptions(NamedTuple):
     logit_scale: float = 1.0
 
     def check(self) -> None:
-        """Raises ValueError for a value outside its range."""
+        """Raises TypeError for a tensor, ValueError for a value outside its range."""
+        for name, value in zip(self._fields, self, strict=True):
+            if isinstance(value, Tensor):  # an op takes it for a number, and a learned one would get no gradient
+                raise TypeError(f"{name} is a tensor; it must be a number, which takes no gradient: {name}.item().")
         if not 0.0 <= self.label_smoothing < 1.0:
             raise ValueError(f"label_smoothing is {self.label_smoothing}; it must be in [0, 1).")
         if not self.z_loss >= 0.0:

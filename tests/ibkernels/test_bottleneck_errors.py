@@ -26,6 +26,7 @@ GOOD = {"hidden": FLOATS, "weight": torch.zeros(2 * K, H), "bias": torch.zeros(2
         ({"weight": [torch.zeros(R, H)]}, (TypeError, ValueError), "weight is"),
         ({"weight": torch.zeros(0, H)}, ValueError, "weight has shape .* gather it first"),
         ({"weight": torch.zeros(2 * K, H, dtype=torch.int8)}, TypeError, "weight is torch.int8"),
+        ({"weight": torch.zeros(2 * K, H).to(torch.float8_e4m3fn)}, TypeError, "weight is torch.float8_e4m3fn"),
         ({"weight": (torch.zeros(R, H + 1), torch.zeros(2 * K, R))}, ValueError, "lora_a has shape"),
         ({"weight": (torch.zeros(R, H), torch.zeros(2 * K, R + 1))}, ValueError, "lora_b has shape"),
         ({"weight": (torch.zeros(R, H), torch.zeros(2 * K - 1, R))}, ValueError, "19 outputs"),

@@ -220,6 +220,7 @@ SHARED_ERRORS = [
     ({"z_loss": -1.0}, ValueError, "z_loss is -1.0"),
     ({"softcap": 0.0}, ValueError, "softcap is 0.0"),
     ({"num_items": torch.tensor([3])}, ValueError, "num_items has shape"),
+    ({"logit_scale": torch.ones((), requires_grad=True)}, TypeError, "logit_scale is a tensor; .* no gradient"),
     ({"labels": LABELS.to("meta")}, ValueError, "labels is on meta but"),
     ({"token_weight": torch.ones(4, device="meta")}, ValueError, "token_weight is on meta but"),
     ({"bias": torch.zeros(9, device="meta")}, ValueError, "bias is on meta but"),
@@ -240,6 +241,7 @@ SHARED_ERRORS = [
         ({"weight": torch.zeros(9, 6, device="meta")}, ValueError, "weight is on meta but"),
         ({"weight": torch.zeros(0, 6)}, ValueError, "weight .*gather it first"),
         ({"weight": torch.zeros(9, 6, dtype=torch.uint8)}, TypeError, "weight is torch.uint8.*dequantise"),
+        ({"weight": torch.zeros(9, 6).to(torch.float8_e5m2)}, TypeError, "weight is torch.float8_e5m2.*dequantise"),
     ],
 )
 def test_errors_of_the_linear_head_name_the_argument(changed, error, message):

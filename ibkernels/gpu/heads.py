@@ -34,7 +34,8 @@ def linear_cross_entropy(
     upstream = valid.float() if token_weight is None else torch.where(valid, token_weight.float(), 0)
     # In "none" the weights are the upstream gradients, so small that float16 would lose their products: all results are
     # in proportion to them, and come for the largest being 1.
-    unit = _scale(upstream) if token_weight is not None and input.dtype == torch.float16 else None
+    # A vector, as in `cross_entropy_ops`: float16 need not hold it.
+    unit = _scale(upstream)[None] if token_weight is not None and input.dtype == torch.float16 else None
     kernel = narrow_cross_entropy if _is_narrow(input, options) else wide_cross_entropy
     result = kernel(
         input.contiguous(),

@@ -1,14 +1,5 @@
-"""What the ops hold on a GPU at the sizes of a model, and that their host code waits for nothing: without a GPU.
+"""What the ops hold on a GPU at the sizes of a model, and that their host code waits for nothing: without a GPU."""
 
-The host code of the Triton backend runs as it is, on tensors that have shapes and no memory. A launch does nothing, a
-library product gives its result; whatever asks for a value of a tensor raises. What is counted is what torch would be
-asked to allocate, without the rounding of its allocator and a library's workspace.
-"""
-
-import contextlib
-import importlib
-import pkgutil
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,79 +9,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from torch.library import CustomOpDef
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import ibkernels
-from ibkernels import backends, bottleneck, cross_entropy_ops
 
 pytest.importorskip("triton")
 
-from ibkernels import gpu
-from ibkernels.gpu import configs
+from fake_gpu import Inside, Memory, pretend
+
 from ibkernels.gpu.wide_cross_entropy import rows_per_block
 
 N, H, K, R, V = 16384, 4096, 256, 32, 102400  # those of the targets for an H100, in bfloat16
 SMALL = 2**20  # vectors of N or V, and what is summed up in parts
-OPS = {
-    op._qualname: op._init_fn
-    for module in (bottleneck, cross_entropy_ops)
-    for op in vars(module).values()
-    if isinstance(op, CustomOpDef)
-}
-
-
-class Memory(TorchDispatchMode):
-    """Counts the bytes of all storages alive, and looks into our ops, which are closed to a dispatch mode."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.alive: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        own = OPS.get(func._schema.name)
-        with self if own else contextlib.nullcontext():
-            result = (own or func)(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._add(tensor.untyped_storage())
-        return result
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self.alive:
-            return
-        self.alive.add(key)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._remove, key, size)
-
-    def _remove(self, key: int, size: int) -> None:
-        self.alive.discard(key)
-        self.now -= size
 
 
 @pytest.fixture
 def on_an_h100(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Launched:
-        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-            return lambda *arguments, **settings: None
-
-    def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-        return torch.empty(a.shape[0], b.shape[1]) if out is None else out
-
-    for info in pkgutil.iter_modules(gpu.__path__):
-        module = importlib.import_module(f"ibkernels.gpu.{info.name}")
-        for name in vars(module).copy():
-            if name.endswith("_kernel"):
-                monkeypatch.setattr(module, name, Launched())
-            elif name == "mm_float32":
-                monkeypatch.setattr(module, name, product)
-    monkeypatch.setattr(backends, "implementation", lambda op, tensor, requested: gpu)
-    monkeypatch.setattr(configs, "chip", lambda device: "sm_90")
-    monkeypatch.setattr(configs, "processors", lambda device: 132)
+    pretend(monkeypatch)
 
 
 def held(shapes: dict[str, tuple[int, ...]], call: Callable[..., Any]) -> int:
@@ -203,6 +138,33 @@ def eager_head(input: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 def published(z: Tensor, up: Tensor, up_bias: Tensor, frozen: Tensor, labels: Tensor) -> Tensor:
     return eager_head(F.linear(z, up, up_bias), frozen, labels)
+
+
+class Scalings(Inside):
+    """Products of a half-precision tensor, by the dtype in which they are computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[torch.dtype] = []
+
+    def saw(self, func: Any, args: Any, result: Any) -> None:
+        name, tensors = func._schema.name, [argument for argument in args if isinstance(argument, Tensor)]
+        if name in ("aten::mul", "aten::div") and any(tensor.dtype == torch.float16 for tensor in tensors):
+            self.found.append(torch.result_type(*args[:2]))
+
+
+@pytest.mark.usefixtures("on_an_h100")
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_gradients_are_scaled_in_float32(reduction: str) -> None:
+    """By a vector of one: a scalar on a GPU is rounded to float16 before it is multiplied, 2^16 to infinity."""
+    with FakeTensorMode(), Scalings() as scalings:
+        input, weight = (torch.empty(size, 256, dtype=torch.float16, requires_grad=True) for size in (64, 512))
+        labels, token_weight = torch.empty(64, dtype=torch.int64), torch.empty(64)
+        loss: Any = ibkernels.linear_cross_entropy(
+            input, weight, labels, token_weight=token_weight, reduction=reduction
+        )
+        torch.autograd.grad(loss.sum(), (input, weight))
+    assert scalings.found and set(scalings.found) == {torch.float32}
 
 
 def test_waiting_for_a_value_would_show() -> None:

@@ -126,8 +126,8 @@ def _backward(ctx: Any, op: Any, grad: Tensor | None) -> list[Tensor | None]:
             gradient.to(dtype) if needed else None
             for gradient, dtype, needed in zip(gradients, ctx.dtypes, needs, strict=True)
         ]
-    # As a vector: a GPU rounds a scalar to the dtype of what it is multiplied with, so that all gradients err alike, and a
-    # loss scale of 2^16 is infinite. And rounded at once: a product in float32 would be a second copy of a head's.
+    # As a vector: a GPU rounds a scalar to the dtype of what it is multiplied with, so that all of them err alike, and
+    # a loss scale of 2^16 is infinite. And rounded at once: a product in float32 would be a second copy of a head's.
     factor = grad.reshape(1)
     return [
         torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype)) if needed else None

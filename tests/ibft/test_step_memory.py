@@ -1,15 +1,18 @@
 """What a training step of 1.3B parameters holds on a GPU, counted without one: SFT, IB-FT, and what `estimate` says."""
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from peft import get_peft_model
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import LlamaConfig, PreTrainedModel
+from transformers import LlamaConfig
 
+from benchmarks.eager import EagerBottleneck, ib_loss
 from ibft import IBConfig, IBModel
 from ibft.estimate.activations import Activations, measure_activations
 from ibft.estimate.cost import ModelCost
@@ -54,25 +57,53 @@ def with_shapes_alone(model: nn.Module) -> None:
 @functools.cache
 def peak(method: str, checkpointing: bool, dropout: float = 0.0) -> int:
     """Bytes at the highest point of a step on one packed row, AdamW's moments in it; attention as flash kernels are."""
-    base: PreTrainedModel = outline(CONFIG)
-    model: Any = IBModel.from_base(base, lora(lora_dropout=dropout), METHODS[method]).train()
+    model: Any = IBModel.from_base(outline(CONFIG), lora(lora_dropout=dropout), METHODS[method]).train()
     compute_in_base_dtype(model)
+
+    def loss() -> Tensor:
+        ids = torch.zeros(1, TOKENS, dtype=torch.int64)
+        result: Tensor = model(
+            input_ids=ids, position_ids=ids, labels=ids, noise_rows=ids, token_mask=ids.bool(),
+            label_indices=torch.zeros(LABELS, dtype=torch.int64), num_items_in_batch=LABELS,
+            num_kl_items_in_batch=TOKENS, noise_rng=torch.zeros(2, dtype=torch.int64), return_stats=False, **lengths(),
+        ).loss  # fmt: skip
+        return result
+
+    return peak_of(model, loss, checkpointing)
+
+
+@functools.cache
+def published_peak(checkpointing: bool) -> int:
+    """The same of the published step: all logits twice. One document a row, none of them shorter than the others."""
+    model: Any = get_peft_model(outline(CONFIG), lora(lora_dropout=0.0)).train()
+    with torch.device("meta"):
+        model.branch = EagerBottleneck(CONFIG.hidden_size, 256)
+
+    def loss() -> Tensor:
+        ids = torch.zeros(TOKENS // LENGTH, LENGTH, dtype=torch.int64)
+        batch = {"input_ids": ids, "position_ids": ids, "labels": ids, "use_cache": False, **lengths()}
+        head = model.get_output_embeddings().weight
+        return ib_loss(model, model.branch, head, batch, target_layer=15, alpha=0.2, beta=0.01)
+
+    return peak_of(model, loss, checkpointing)
+
+
+def lengths() -> dict[str, Any]:
+    bounds = torch.zeros(TOKENS // LENGTH + 1, dtype=torch.int32)
+    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": LENGTH, "max_length_k": LENGTH}
+
+
+def peak_of(model: Any, loss: Callable[[], Tensor], checkpointing: bool) -> int:
+    """Of forward and backward beside weights and AdamW's moments."""
     if checkpointing:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     with FakeTensorMode(allow_non_fake_inputs=True), Memory() as held:
         with_shapes_alone(model)
         moments = [torch.empty_like(p) for p in model.parameters() if p.requires_grad for _ in range(2)]
-        ids = torch.zeros(1, TOKENS, dtype=torch.int64)
-        bounds = torch.zeros(TOKENS // LENGTH + 1, dtype=torch.int32)
         with autocast(torch.device("cpu"), torch.bfloat16):
-            output = model(
-                input_ids=ids, position_ids=ids, labels=ids, noise_rows=ids, token_mask=ids.bool(),
-                label_indices=torch.zeros(LABELS, dtype=torch.int64), cu_seq_lens_q=bounds, cu_seq_lens_k=bounds,
-                max_length_q=LENGTH, max_length_k=LENGTH, num_items_in_batch=LABELS, num_kl_items_in_batch=TOKENS,
-                noise_rng=torch.zeros(2, dtype=torch.int64), return_stats=False,
-            )  # fmt: skip
-        output.loss.backward()
+            result = loss()
+        result.backward()
     assert moments
     return held.peak
 
@@ -102,3 +133,4 @@ def test_the_figures_of_the_documentation() -> None:
     for checkpointing in (False, True):
         sft, ib = peak("sft", checkpointing), peak("ib", checkpointing)
         assert f"{ib / 2**30:.1f} GiB, {100 * (ib / sft - 1):.1f}% more than SFT" in text
+        assert f"the published step {published_peak(checkpointing) / 2**30:.1f} GiB" in text

@@ -49,7 +49,7 @@ def linear_cross_entropy(
     )
     if unit is None:
         return result
-    gradients = (None if gradient is None else gradient * unit for gradient in result[4:])
+    gradients = (None if gradient is None else (gradient * unit).to(gradient.dtype) for gradient in result[4:])
     return CrossEntropyResult(result.losses * unit, *result[1:4], *gradients)
 
 

@@ -176,7 +176,7 @@ def test_every_failure_that_may_pass(
         return ways[(body["seed"] + attempt) % 9] if body["seed"] % 3 == 0 and attempt <= 3 else None
 
     server.misbehave = misbehave
-    rows = ask(num_samples=8, concurrency=16)
+    rows = ask(num_samples=8, concurrency=16, request_timeout=2.0)  # no sound answer takes as long on a busy machine
     assert len(rows) == 96
     bodies = {body["seed"]: body for body in server.bodies}
     assert all(row["completion"] == answer_to(bodies[row["seed"]]) for row in rows.values())

@@ -307,10 +307,10 @@ def budgets() -> dict[str, int]:
         "bottleneck, linear": n * k * (2 + 4) + 2 * n * k * 2 + small,  # mu, raw logvar; the gradient of both
         "bottleneck, LoRA": 2 * n * r * 2 + small,  # t and its gradient
         "encode": 3 * 2 * n * k * 4 + small,  # [mu | logvar] and its gradient in float32
-        "narrow head": n * k * 4 + 2 * v * k * 4 + small,  # the pull of the softmax, the head's float32 gradient
+        "narrow head": n * k * 4 + v * k * 4 + small,  # the pull of the softmax, the head's float32 gradient
         "wide head": logits + n * h * 2 + small,  # and the gradient that backward scales
         "bottleneck head, absorbed": 300 * 10**6,
-        "bottleneck head, unabsorbed": logits + 3 * n * h * 4 + small,
+        "bottleneck head, unabsorbed": logits + 2 * n * h * 2 + small,  # up-projected states and their gradient
     }
 
 

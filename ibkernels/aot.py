@@ -239,7 +239,7 @@ def compile_job(job: Job) -> dict[str, Any]:
 
     chip = CHIPS[job.arch]
     config = configs.lookup(job.kernel, DTYPES[job.dtype], job.width, job.arch)
-    row: dict[str, Any] = {**job._asdict(), "config": config.launch}
+    row: dict[str, Any] = {**job._asdict(), "config": config.sizes}
     try:
         compiled = compiled_kernel(job, config)
     except Exception as error:  # of many kinds: the compiler's, the assembler's, out of resources
@@ -259,6 +259,8 @@ def compiled_kernel(job: Job, config: Any) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+
+    from ibkernels.gpu.configs import COMPILER
 
     kernel, chip = KERNELS[job.kernel], CHIPS[job.arch]
     function = getattr(importlib.import_module(f"ibkernels.gpu.{kernel.module}"), kernel.name)
@@ -291,7 +293,8 @@ def compiled_kernel(job: Job, config: Any) -> Any:
         attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
     target = GPUTarget(chip.backend, chip.arch, chip.warp_size)
-    return triton.compile(source, target, {"num_warps": config.num_warps, "num_stages": config.num_stages})
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, **COMPILER}
+    return triton.compile(source, target, options)
 
 
 def _faults(row: dict[str, Any], chip: Chip, multiplies: bool) -> list[str]:

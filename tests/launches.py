@@ -2,7 +2,8 @@
 
 A launch compiles a kernel for its arguments: their dtypes, which are None, which are 1, which are multiples of 16. Here
 the tensors are the CPU's, and nothing is run. Prints, for each kernel of the table, whether a launch at the sizes of a
-model is for the arguments that `ibkernels.aot` takes; and of each kernel, how many launches were compiled.
+model is for the arguments that `ibkernels.aot` takes; and of each kernel, how many launches were compiled, and whether
+all of them fuse products into sums.
 """
 
 import importlib
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
+os.environ["TRITON_DEFAULT_FP_FUSION"] = "0"  # as a later Triton: what no launch asks for is not there
 
 import torch
 import triton
@@ -63,6 +65,7 @@ def described(compiled: Any) -> dict[str, Any]:
         "constants": source.constants,
         "aligned": aligned,
         "settings": (settings.target, settings.num_warps, settings.num_stages, settings.shared),
+        "fused": settings.enable_fp_fusion,
     }
 
 
@@ -128,7 +131,9 @@ def main() -> None:
         same |= {name: launched[aot.KERNELS[name].name].launches[-1] == expected[name] for name in names}
     for launch in OTHERS:
         launch()
-    print(json.dumps({"same": same, "launches": {name: len(kernel.launches) for name, kernel in launched.items()}}))
+    launches = {name: len(kernel.launches) for name, kernel in launched.items()}
+    fused = {name: all(launch["fused"] for launch in kernel.launches) for name, kernel in launched.items()}
+    print(json.dumps({"same": same, "launches": launches, "fused": fused}))
 
 
 if __name__ == "__main__":

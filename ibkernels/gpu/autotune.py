@@ -146,7 +146,7 @@ def read(path: Path, problem: Problem | None = None) -> Winner:
         shipped = configs.entry(found.kernel, _BYTES[found.dtype], found.width)["default"]
         assert shipped is not None
         if config.blocks.keys() != shipped.blocks.keys() or not (_is_possible(config) or config == shipped):
-            raise ValueError(f"{config.launch} is no configuration of {found.kernel}")
+            raise ValueError(f"{config.sizes} is no configuration of {found.kernel}")
         return Winner(
             config, float(record["milliseconds"]), float(record["shipped_milliseconds"]), str(record["device"])
         )
@@ -285,7 +285,7 @@ def _write(path: Path, problem: Problem, winner: Winner) -> None:
 
 def _call(config: Config) -> str:
     """What tells configurations apart."""
-    return str(config.launch)
+    return str(config.sizes)
 
 
 def _source(config: Config | None) -> str:

@@ -11,6 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# What every kernel is compiled with. Products are fused into the sums that they go into, each with one rounding and one
+# instruction: Triton's own choice until 3.9, which warns that a later one will not.
+COMPILER = {"enable_fp_fusion": True}
+
 
 class Config(NamedTuple):
     """Block sizes, and how many warps and pipeline stages run them."""
@@ -20,9 +24,14 @@ class Config(NamedTuple):
     num_stages: int
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """All of it by name."""
+        return {**self.blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
+
+    @property
     def launch(self) -> dict[str, int]:
         """What a launch takes."""
-        return {**self.blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
+        return {**self.sizes, **COMPILER}
 
 
 def _config(num_warps: int, num_stages: int, **blocks: int) -> Config:

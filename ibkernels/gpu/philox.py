@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ibkernels.gpu.configs import COMPILER
 from ibkernels.gpu.launch import on_device
 
 _BLOCK_ROWS = 32
@@ -116,6 +117,6 @@ def _draw(rng: Tensor, rows: Tensor, columns: int, dtype: torch.dtype) -> Tensor
         with on_device(rows.device):
             noise_kernel[grid](
                 rng.contiguous(), rows.contiguous(), out, *out.shape, BITS=dtype == torch.int64,
-                BM=_BLOCK_ROWS, BK=_BLOCK_COLUMNS,
+                BM=_BLOCK_ROWS, BK=_BLOCK_COLUMNS, **COMPILER,
             )  # fmt: skip
     return out

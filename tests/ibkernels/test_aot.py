@@ -100,6 +100,7 @@ def test_what_a_launch_compiles_is_what_aot_looks_at() -> None:
     found = json.loads(result.stdout)
     assert [kernel for kernel, same in found["same"].items() if not same] == []
     assert len(found["same"]) >= 12 and min(found["launches"].values()) >= 1
+    assert [kernel for kernel, fused in found["fused"].items() if not fused] == []
 
 
 _CLAMP = """

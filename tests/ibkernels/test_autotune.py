@@ -82,7 +82,7 @@ def bowl(**best: int) -> Callable[[Config], float]:
     """Milliseconds that grow with every halving and doubling away from `best`."""
 
     def cost(config: Config) -> float:
-        return 1 + sum(abs(math.log2(config.launch[name] / size)) for name, size in best.items())
+        return 1 + sum(abs(math.log2(config.sizes[name] / size)) for name, size in best.items())
 
     return cost
 
@@ -91,23 +91,23 @@ def bowl(**best: int) -> Callable[[Config], float]:
 
 
 def test_a_step_halves_or_doubles_a_block_the_warps_or_both() -> None:
-    steps = [candidate.launch for candidate in autotune.neighbours(SHIPPED)]
+    steps = [candidate.sizes for candidate in autotune.neighbours(SHIPPED)]
     expected = [
         {"BM": int(16 * m), "BV": int(32 * v), "num_warps": int(8 * w), "num_stages": 2}
         for m, v, w in itertools.product((0.5, 1, 2), repeat=3)
         if (m == 1 or v == 1) and (m, v, w) != (1, 1, 1) and {m, v, w} != {0.5, 1, 2}
-    ] + [{**SHIPPED.launch, "num_stages": stages} for stages in (1, 3)]
+    ] + [{**SHIPPED.sizes, "num_stages": stages} for stages in (1, 3)]
     assert sorted(map(str, steps)) == sorted(map(str, expected))
 
 
 @pytest.mark.parametrize("best", [(64, 16, 4, 1), (16, 256, 16, 5), (128, 128, 8, 3), (16, 32, 8, 2)])
 def test_it_climbs_to_the_best_of_all(best: tuple[int, ...]) -> None:
-    cost = bowl(**dict(zip(SHIPPED.launch, best, strict=True)))
+    cost = bowl(**dict(zip(SHIPPED.sizes, best, strict=True)))
     found, times = autotune.climb(SHIPPED, cost)
     sizes = [2**i for i in range(4, 10)]
     all_of_them = itertools.product(sizes, sizes, (1, 2, 4, 8, 16), range(1, 6))
     least = min(all_of_them, key=lambda c: cost(Config({"BM": c[0], "BV": c[1]}, c[2], c[3])))
-    assert tuple(found.launch.values()) == best == least
+    assert tuple(found.sizes.values()) == best == least
     assert len(times) < 120  # of 900
 
 
@@ -118,7 +118,7 @@ def test_it_stays_within_what_kernels_take() -> None:
 
         def cost(config: Config, direction: int = direction, tried: list[Config] = tried) -> float:
             tried.append(config)
-            return 1000 - direction * sum(math.log2(size) for size in config.launch.values())
+            return 1000 - direction * sum(math.log2(size) for size in config.sizes.values())
 
         autotune.climb(SHIPPED, lambda config: 0.9 ** (1000 - cost(config)))
         for config in tried:
@@ -183,8 +183,8 @@ def test_a_winner_by_chance_loses_the_second_measurement(timer: Any) -> None:
     seen: set[str] = set()
 
     def cost(config: Config) -> float:
-        first = str(config.launch) not in seen
-        seen.add(str(config.launch))
+        first = str(config.sizes) not in seen
+        seen.add(str(config.sizes))
         return 0.5 if first and config.num_stages == 3 else 1.0
 
     timer(cost)

@@ -139,7 +139,7 @@ def set_up(config: TrainConfig, engine: Engine) -> Run:
         choose_checkpointing(
             config,
             cost,
-            lora_config(config),
+            adapter,
             num_parameters=base.num_parameters(),
             dtype=dtype,
             engine=engine,

@@ -1,5 +1,6 @@
 """What forward keeps for backward, by running two layers on tensors that have shapes and no memory."""
 
+import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -52,6 +53,8 @@ def measure_activations(base: PreTrainedModel, adapter: LoraConfig) -> Activatio
     parts = CausalLM.of(base)
     layers, owner, name = _found(parts)
     setattr(owner, name, layers[:2])
+    adapter = copy.copy(adapter)
+    adapter.init_lora_weights = True  # others may compute with the base model's weights, and here are none
     compute_in_base_dtype(get_peft_model(base, adapter).train())
     with FakeTensorMode():
         two = _saved_by_forward(parts)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import ibft.estimate.checkpointing
 import ibft.train
 from ibft.cli import main
 
@@ -79,9 +80,17 @@ def test_it_describes_the_run_that_would_follow_and_writes_nothing(
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("memory_is_tight", [False, True])
 def test_an_adapter_that_begins_from_the_weights(
-    run: Callable[..., int], tmp_path: Path, init: str, capsys: pytest.CaptureFixture[str]
+    run: Callable[..., int],
+    tmp_path: Path,
+    init: str,
+    memory_is_tight: bool,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if memory_is_tight:  # where activation checkpointing is chosen by an outline's activations
+        monkeypatch.setattr(ibft.estimate.checkpointing, "_memory_gib", lambda device: 1e-4)
     file = tmp_path / "adapter.json"
     file.write_text(json.dumps({"r": 4, "target_modules": ["q_proj"], "init_lora_weights": init}))
     assert run(f"--adapter_config {file} --dry_run") == 0

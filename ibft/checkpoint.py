@@ -91,24 +91,23 @@ def save_checkpoint(
     engine.on_main(write)
 
 
-def newest_checkpoint(folder: Path) -> Checkpoint:
-    """The newest complete one, of which there must be one. Raises InputError when its checkpoint.json is damaged."""
-    path = checkpoints(folder)[-1]
+def newest_checkpoint(folder: Path) -> Checkpoint | None:
+    """The newest complete one; None where there is none. Raises InputError where a file is not what was written."""
+    if not (found := checkpoints(folder)):
+        return None
+    path = found[-1]
     try:
-        return Checkpoint(path, **json.loads((path / MARK_NAME).read_text()))
+        checkpoint = Checkpoint(path, **json.loads((path / MARK_NAME).read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{path / MARK_NAME} cannot be read: {error}. {_TAKE_ANOTHER}") from error
-
-
-def check_files(checkpoint: Checkpoint) -> None:
-    """Raises InputError for a file that is missing, or not what was written."""
     for name, digest in checkpoint.files.items():
-        file = checkpoint.path / name
+        file = path / name
         try:
             if _digest(file) != digest:
                 raise InputError(f"{file} is damaged: it is not what was written. {_TAKE_ANOTHER}")
         except OSError as error:
             raise InputError(f"{file} cannot be read: {error.strerror}. {_TAKE_ANOTHER}") from error
+    return checkpoint
 
 
 def check_run(checkpoint: Checkpoint, run: dict[str, Any], unknown: Set[str] = frozenset()) -> None:

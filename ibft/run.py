@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 from ibft.adapter import lora_config
 from ibft.architecture import CausalLM, default_target_layer
 from ibft.attention import Attention, select_attention
-from ibft.checkpoint import Checkpoint, check_files, check_run, load_state, load_weights, newest_checkpoint, shown
+from ibft.checkpoint import Checkpoint, check_run, load_state, load_weights, newest_checkpoint, shown
 from ibft.config import TrainConfig
 from ibft.data import BatchPlan, EncodedDataset, document_lengths, load_data
 from ibft.data.sources import refuse_among_data
@@ -41,7 +41,7 @@ from ibft.loading import (
 )
 from ibft.model import IBModel
 from ibft.objective import IBConfig
-from ibft.run_folder import checkpoints, refuse_in_the_way
+from ibft.run_folder import refuse_in_the_way
 from ibft.speed import Peak, peak_of
 
 # Options that a process may have otherwise than the main one: where it finds what is the same, and how it gets there.
@@ -100,7 +100,8 @@ def set_up(config: TrainConfig, engine: Engine) -> Run:
     _check_alike(engine, {name: value for name, value in config.to_dict().items() if name not in _ITS_OWN})
     for name in (*config.dataset, *filter(None, [config.validation_dataset])):
         refuse_among_data(output, name)
-    saved = _find_checkpoint(output, engine) if config.resume else None
+    # None too for a run that was cut off before its first checkpoint.
+    saved = engine.share(engine.on_main(newest_checkpoint, output)) if config.resume else None
     base_config, dtype = load_base_config(config.base_model), resolve_dtype(config.dtype, engine.device)
     check_optional_packages(liger=config.liger, load_in_4bit=config.load_in_4bit, base_config=base_config)
     attention = select_attention(
@@ -201,19 +202,6 @@ def _check_alike(engine: Engine, values: Mapping[str, Any]) -> None:
             f"process {rank} is of another run ({'; '.join(differences)}); all processes must be started with the same "
             "options and read the same data."
         )
-
-
-def _find_checkpoint(output: Path, engine: Engine) -> Checkpoint | None:
-    """The newest, its files checked; None for a run that was cut off before its first."""
-    found: list[Checkpoint] = []
-
-    def look() -> None:
-        if checkpoints(output):
-            found.append(newest_checkpoint(output))
-            check_files(found[0])
-
-    engine.on_main(look)
-    return engine.share(found[0] if found else None)
 
 
 def _plan(config: TrainConfig, engine: Engine, data: EncodedDataset, saved: Checkpoint | None) -> BatchPlan:

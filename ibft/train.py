@@ -86,7 +86,7 @@ def _train(run: Run, notices: Sequence[str]) -> dict[str, Any]:
             print(describe_dry_run(run, [*notices, *usable_trackers(config.report_to)[1]]))
         return run_record(run, result=None)
     with saving_in(run.output), StopSignals() as signals:
-        metrics = engine.on_all(lambda: _announce(run, notices) if engine.is_main else None)
+        metrics = engine.on_main(_begin, run, notices)
         try:
             with tracing(config.profile, run.output / "profile", engine.rank) as profiler:
                 summary = _loop(run, metrics, signals, profiler)
@@ -102,8 +102,8 @@ def _train(run: Run, notices: Sequence[str]) -> dict[str, Any]:
     return record
 
 
-def _announce(run: Run, notices: Sequence[str]) -> Metrics:
-    """Says what the run will do, and makes room for it; on the main process."""
+def _begin(run: Run, notices: Sequence[str]) -> Metrics:
+    """Makes room in the folder for what the run will write, and says what it will do; on the main process."""
     config = run.config
     if run.start_step:
         trim_metrics(run.output / METRICS_NAME, run.start_step)

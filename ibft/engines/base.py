@@ -89,9 +89,9 @@ class Engine:
             raise FailedElsewhere("another process could not go on; its message says why.")
         return result
 
-    def on_main(self, work: Callable[..., object], *arguments: Any) -> None:
-        """`on_all` of what the main process does alone while the others wait."""
-        self.on_all(lambda: work(*arguments) if self.is_main else None)
+    def on_main(self, work: Callable[..., T], *arguments: Any) -> T | None:
+        """`on_all` of what the main process does alone while the others wait; they get None."""
+        return self.on_all(lambda: work(*arguments) if self.is_main else None)
 
     def close(self) -> None:
         """Leaves the process group."""

@@ -41,12 +41,12 @@ _OUTRANKED_BY = {
 }
 
 
-def parse_args(argv: Sequence[str], prog: str = "ibft train") -> tuple[TrainConfig, list[str]]:
+def parse_args(argv: Sequence[str]) -> tuple[TrainConfig, list[str]]:
     """The configuration that a command line asks for, with its files read, and notices for the caller to print.
 
     Raises InputError for whatever is wrong with the flags or the files; --help prints and exits as argparse does.
     """
-    flags = read_flags(TrainConfig, argv, prog, _DESCRIPTION, files=SOURCES, example=_EXAMPLE)
+    flags = read_flags(TrainConfig, argv, "ibft train", _DESCRIPTION, files=SOURCES, example=_EXAMPLE)
     path = flags.pop("config", None)
     config_file = {} if path is None else read_config_file(path, TrainConfig)
     if "adapter_config" in flags:  # as the whole of the adapter, which the file's lora_* are parts of
@@ -55,7 +55,7 @@ def parse_args(argv: Sequence[str], prog: str = "ibft train") -> tuple[TrainConf
         if name not in flags:  # else the flag's value is the one that counts
             config_file[name] = checked(TrainConfig, name, value, f"{path}: {name}")
     given = _over(config_file, flags)
-    require(TrainConfig, given, prog)
+    require(TrainConfig, given, "ibft train")
 
     notices: list[str] = []
     training_file: dict[str, object] = {}

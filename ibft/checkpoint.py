@@ -12,7 +12,7 @@ import re
 import shutil
 from collections.abc import Set
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -26,6 +26,9 @@ from ibft.flags import REQUIRED, default_of
 from ibft.model import HEAD_NAME, IBModel
 from ibft.objective import STATE_NAME, IBConfig
 from ibft.run_folder import MARK_NAME, checkpoints, flush, flush_folder, remove_checkpoint, write_json
+
+if TYPE_CHECKING:
+    from ibft.run import Run
 
 _STATE_NAME = "state.pt"
 _TAKE_ANOTHER = "Remove that checkpoint to continue from the one before it, or start over with --overwrite."
@@ -54,22 +57,10 @@ class Checkpoint(NamedTuple):
     files: dict[str, str]  # name -> sha256
 
 
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    engine: Engine,
-    model: IBModel,
-    optimizer: Optimizer,
-    schedule: LRScheduler,
-    run: dict[str, Any],
-    rows_per_process: int,
-    keep: int | None,
-) -> None:
-    """Writes checkpoint-<step> (steps done) on all ranks together, then removes the oldest beyond `keep`.
-
-    `run` is what a resumed run must match, and `rows_per_process` how many rows of a step each process took.
-    """
-    weights, optimizer_state = engine.weights(model), engine.optimizer_state(model, optimizer)
+def save_checkpoint(run: "Run", step: int) -> None:
+    """Writes checkpoint-<step> (steps done) on all ranks together, then removes the oldest beyond save_total_limit."""
+    engine, model, folder = run.engine, run.model, run.output
+    weights, optimizer_state = engine.weights(model), engine.optimizer_state(model, run.optimizer)
     generators = engine.gather(_generators(engine))
     target, partial = folder / f"checkpoint-{step}", folder / f".checkpoint-{step}.partial"
 
@@ -77,16 +68,17 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         model.save_pretrained(partial, state_dict=weights)
-        state = {"optimizer": optimizer_state, "schedule": schedule.state_dict(), "generators": generators}
+        state = {"optimizer": optimizer_state, "schedule": run.schedule.state_dict(), "generators": generators}
         torch.save(state, partial / _STATE_NAME)
         files = {path.name: _digest(path) for path in sorted(partial.iterdir())}
-        mark = {"step": step, "run": run, "rows_per_process": rows_per_process, "files": files}
-        write_json(partial / MARK_NAME, mark)
+        rows = run.config.rows_per_process
+        write_json(partial / MARK_NAME, {"step": step, "run": run.identity, "rows_per_process": rows, "files": files})
         flush_folder(partial)
         partial.rename(target)  # nothing of that name is there: see `refuse_in_the_way`
         flush(folder)
-        for old in checkpoints(folder)[: -keep or None] if keep is not None else []:
-            remove_checkpoint(old)
+        if (keep := run.config.save_total_limit) is not None:
+            for old in checkpoints(folder)[:-keep]:
+                remove_checkpoint(old)
 
     engine.on_main(write)
 

@@ -50,9 +50,9 @@ _COLLAPSED = (
 )
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> None:
     """Parses the command line and trains."""
-    config, notices = parse_args(sys.argv[1:] if argv is None else argv)
+    config, notices = parse_args(argv)
     train(config, notices)
 
 
@@ -121,7 +121,7 @@ def _begin(run: Run, notices: Sequence[str]) -> Metrics:
     return Metrics(run.output / METRICS_NAME, total_steps=run.total_steps, start_step=run.start_step, trackers=trackers)
 
 
-def _loop(run: Run, metrics: Metrics | None, signals: StopSignals, profiler: Any = None) -> dict[str, Any]:
+def _loop(run: Run, metrics: Metrics | None, signals: StopSignals, profiler: Any) -> dict[str, Any]:
     """Trains. Scalars stay on the device until they are logged: a step never waits for the host."""
     config, engine, plan, data, optimizer = run.config, run.engine, run.plan, run.data, run.optimizer
     model = run.wrapped
@@ -212,17 +212,7 @@ def _loop(run: Run, metrics: Metrics | None, signals: StopSignals, profiler: Any
                 metrics.say(_COLLAPSED)
             window = []
         if saving or stopped_by:
-            save_checkpoint(
-                run.output,
-                done,
-                engine,
-                run.model,
-                optimizer,
-                run.schedule,
-                run.identity,
-                config.rows_per_process,
-                config.save_total_limit,
-            )
+            save_checkpoint(run, done)
         if stopped_by:
             raise _interruption(run, done, stopped_by)
         if logged:

@@ -158,8 +158,8 @@ def test_required_flags_and_misspelt_required_flags():
         parse_args([])
     with pytest.raises(InputError, match=r"--base_modle is not an option .* Did you mean --base_model\?"):
         parse_args(["--base_modle", "m", "--dataset", "d"])
-    with pytest.raises(InputError, match=r"`prog x --help`"):
-        parse_args(["--dataset", "d"], prog="prog x")
+    with pytest.raises(InputError, match=r"`ibft train --help`"):
+        parse_args(["--dataset", "d"])
 
 
 def test_boundaries_that_are_allowed():

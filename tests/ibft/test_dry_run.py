@@ -13,6 +13,7 @@ import torch
 import ibft.estimate.checkpointing
 import ibft.train
 from ibft.cli import main
+from ibft.run import Run
 
 QUICK = "--max_length 128 --bottleneck_dim 16 --lora_r 4 --max_steps 4 --logging_steps 2"
 
@@ -170,10 +171,10 @@ def test_a_resumed_run_says_from_which_step(
 ) -> None:
     real = ibft.train.save_checkpoint
 
-    def stop_at_three(folder: Path, step: int, *rest: object) -> None:
+    def stop_at_three(run: Run, step: int) -> None:
         if step == 3:
             raise KeyboardInterrupt
-        real(folder, step, *rest)  # type: ignore[arg-type]
+        real(run, step)
 
     monkeypatch.setattr(ibft.train, "save_checkpoint", stop_at_three)
     assert run("--save_steps 1") == 130

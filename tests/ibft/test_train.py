@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 import ibft.train
 from ibft.cli import main
 from ibft.config import Scheduler
+from ibft.run import Run
 
 QUICK = "--max_length 128 --bottleneck_dim 16 --lora_r 4 --max_steps 4 --logging_steps 2"
 LEFT = ("adapter_model.safetensors", "ib_head.safetensors", "adapter_config.json")
@@ -191,10 +192,10 @@ def test_a_run_cut_off_resumes_to_the_same_adapter(
 
     real = ibft.train.save_checkpoint
 
-    def crash_at_six(folder: Path, step: int, *rest: Any) -> None:
+    def crash_at_six(run: Run, step: int) -> None:
         if step == 6:
             raise KeyboardInterrupt
-        real(folder, step, *rest)
+        real(run, step)
 
     monkeypatch.setattr(ibft.train, "save_checkpoint", crash_at_six)
     assert run("cut", more) == 130

@@ -14,7 +14,7 @@ from ibft.adapter import with_adapter_values
 from ibft.config import BOTTLENECK, FIELDS, FILES, TrainConfig
 from ibft.config_file import read_config_file
 from ibft.errors import InputError
-from ibft.flags import checked, read_flags, require
+from ibft.flags import checked, read_flags
 from ibft.legacy import read_training_config
 
 PRECEDENCE = "Flags win over --config, that over --training_config, that over --preset, and that over defaults."
@@ -31,6 +31,28 @@ SOURCES = {
         FILES,
         "YAML or JSON of these options, `name: value`; paths in it are relative to the working folder, not to the file",
     )
+}
+
+# What --preset published sets: the published project's code as it ran.
+PUBLISHED: dict[str, Any] = {
+    "max_length": 2048,
+    "packing": "none",
+    "bos": "no",
+    "bottleneck_dim": 256,
+    "target_layer": 20,
+    "encoder": "linear",
+    "alpha": 0.2,
+    "beta": 0.01,
+    "lora_r": 32,
+    "lora_alpha": 32,
+    "lora_dropout": 0.05,
+    "lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "learning_rate": 1e-4,
+    "weight_decay": 0.0,
+    "lr_scheduler_type": "cosine",
+    "warmup_ratio": 0.1,
+    "num_train_epochs": 3.0,
+    "per_device_train_batch_size": 2,
 }
 
 # The first also undoes a value that a weaker source has for the second, which would otherwise win over it.
@@ -55,7 +77,6 @@ def parse_args(argv: Sequence[str]) -> tuple[TrainConfig, list[str]]:
         if name not in flags:  # else the flag's value is the one that counts
             config_file[name] = checked(TrainConfig, name, value, f"{path}: {name}")
     given = _over(config_file, flags)
-    require(TrainConfig, given, "ibft train")
 
     notices: list[str] = []
     training_file: dict[str, object] = {}
@@ -64,7 +85,7 @@ def parse_args(argv: Sequence[str]) -> tuple[TrainConfig, list[str]]:
     for name, value in training_file.items():
         if name not in given:
             checked(TrainConfig, name, value, f"{given['training_config']}: {name}")
-    preset = preset_values(given["preset"]) if given.get("preset") else {}
+    preset = PUBLISHED if given.get("preset") == "published" else {}  # any other name is refused with the values
     config = TrainConfig.from_dict(_over(_over(preset, training_file), given))
     check_engine(config)
     if config.adapter_config is not None:
@@ -89,32 +110,6 @@ def _over(weaker: Mapping[str, Any], stronger: Mapping[str, Any]) -> dict[str, A
     """Both sources together, where the stronger one has the last word."""
     undone = {_OUTRANKED_BY.get(name) for name in stronger}
     return {**{name: value for name, value in weaker.items() if name not in undone}, **stronger}
-
-
-def preset_values(name: str) -> dict[str, Any]:
-    """What --preset NAME sets, by field; "published" is the published project's code as it ran."""
-    if name != "published":
-        raise InputError(f"--preset takes published, not {name!r}.")
-    return {
-        "max_length": 2048,
-        "packing": "none",
-        "bos": "no",
-        "bottleneck_dim": 256,
-        "target_layer": 20,
-        "encoder": "linear",
-        "alpha": 0.2,
-        "beta": 0.01,
-        "lora_r": 32,
-        "lora_alpha": 32,
-        "lora_dropout": 0.05,
-        "lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-        "learning_rate": 1e-4,
-        "weight_decay": 0.0,
-        "lr_scheduler_type": "cosine",
-        "warmup_ratio": 0.1,
-        "num_train_epochs": 3.0,
-        "per_device_train_batch_size": 2,
-    }
 
 
 def check_engine(config: TrainConfig) -> None:

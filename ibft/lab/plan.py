@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from ibft.arguments import preset_values
+from ibft.arguments import PUBLISHED
 
 CHOSEN = (3.0, 1.0)  # (alpha, beta) that trials chose before any of the plans' seeds was run
 CHOSEN_NAME = "ib-{:g}-{:g}".format(*CHOSEN)
@@ -148,7 +148,7 @@ _NONE_MILD = Regime(
     listed=False,
 )
 
-_PUBLISHED_WEIGHTS = {name: preset_values("published")[name] for name in ("alpha", "beta")}
+_PUBLISHED_WEIGHTS = {name: PUBLISHED[name] for name in ("alpha", "beta")}
 
 
 def _weighted(name: str, group: str, alpha: float, beta: float) -> Arm:

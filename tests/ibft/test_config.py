@@ -10,7 +10,7 @@ from importlib.machinery import ModuleSpec
 import pytest
 
 from ibft.adapter import lora_config
-from ibft.arguments import check_engine, parse_args, preset_values
+from ibft.arguments import PUBLISHED, check_engine, parse_args
 from ibft.config import Scheduler, TrainConfig
 from ibft.errors import InputError
 
@@ -278,7 +278,7 @@ def test_a_bad_value_in_the_file_names_the_file_unless_a_flag_replaces_it(tmp_pa
 
 
 def test_preset_is_what_the_published_code_ran():
-    assert preset_values("published") == {
+    assert PUBLISHED == {
         "bottleneck_dim": 256, "target_layer": 20, "encoder": "linear", "alpha": 0.2, "beta": 0.01, "lora_r": 32,
         "lora_alpha": 32, "lora_dropout": 0.05, "learning_rate": 1e-4, "weight_decay": 0.0,
         "lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
@@ -286,8 +286,8 @@ def test_preset_is_what_the_published_code_ran():
         "packing": "none", "bos": "no", "max_length": 2048,
     }  # fmt: skip
     assert parse("--preset published").lora_r == 32
-    with pytest.raises(InputError, match="--preset takes published"):
-        preset_values("paper")
+    with pytest.raises(InputError, match="--preset takes published, not 'paper'"):
+        parse("--preset paper")
 
 
 def test_notices():
@@ -309,7 +309,7 @@ def test_published_command_line(published_config):
         [*REQUIRED, *line.split(), "--alpha", "0.1", "--num_proc", "8", "--target_layer", "20", "--seed", "1"]
     )
     assert (config.save_steps, config.logging_steps, config.report_to, config.seed) == (1000, 5, ["wandb"], 1)
-    assert config.lora_target_modules == sorted(preset_values("published")["lora_target_modules"])
+    assert config.lora_target_modules == sorted(PUBLISHED["lora_target_modules"])
     assert len(notices) == 3  # fp16, evaluation, output_dir "./"
 
 

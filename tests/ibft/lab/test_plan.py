@@ -21,7 +21,7 @@ def test_tasks_of_a_seed_are_apart() -> None:
 
 
 def test_each_product_of_weights_has_one_ablation_and_the_published_settings_are_those_of_the_preset() -> None:
-    from ibft.arguments import preset_values
+    from ibft.arguments import PUBLISHED
 
     arms = {arm.name: arm for arm in full_plan((0,)).arms}
     ablations = [arm for arm in arms.values() if arm.group == "ablation"]
@@ -34,9 +34,8 @@ def test_each_product_of_weights_has_one_ablation_and_the_published_settings_are
     assert len(set(products)) == len(products)
     covered = {name for ablation in ablations for name in ablation.of}
     assert covered == {arm.name for arm in arms.values() if arm.group in ("published", "grid")} - {"ib-0.1-0.01"}
-    preset = preset_values("published")
-    assert arms["ib-published"].settings == {name: preset[name] for name in ("alpha", "beta")}
-    assert full_plan((0,)).bottleneck_dim == preset["bottleneck_dim"]
+    assert arms["ib-published"].settings == {name: PUBLISHED[name] for name in ("alpha", "beta")}
+    assert full_plan((0,)).bottleneck_dim == PUBLISHED["bottleneck_dim"]
 
 
 def test_no_two_pieces_are_the_same_training() -> None:

@@ -10,7 +10,6 @@ import inspect
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch.nn.attention.varlen import varlen_attn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
@@ -189,9 +188,6 @@ def _kernel_obstacle(config: Any, device: torch.device, dtype: torch.dtype) -> s
         return f"it has {_NO_DROPOUT}"
     if torch.version.hip is not None:
         return "not tried on ROCm"
-    parameters = inspect.signature(varlen_attn).parameters
-    if missing := [option for option in ("scale", "window_size") if option not in parameters]:
-        return f"torch {torch.__version__}'s varlen_attn has no {missing[0]}; 2.11 has"
     if getattr(config, "v_head_dim", None):
         return "it needs keys and values of the same width"
     if (width := _head_dim(config)) > 256 or width % 8:

@@ -20,22 +20,22 @@ ACCEPTED = (".yaml", ".yml", ".json")
 _TAG = "tag:yaml.org,2002:"
 
 
-def read_config_file(path: str, cls: Any, flag: str = "config") -> dict[str, Any]:
+def read_config_file(path: str, cls: Any) -> dict[str, Any]:
     """The values in the file, by field name of `cls`, dashes read as underscores; ranges are left to `checked`.
 
-    `flag` is the flag that named the file, which the file itself must not hold. Raises InputError, with the file and
-    the key or the line, for a file that cannot be read, is no mapping, or has an unknown or a repeated key.
+    Raises InputError, with the file and the key or the line, for a file that cannot be read, is no mapping, names
+    another `config`, or has an unknown or a repeated key.
     """
     suffix = Path(path).suffix.lower()
     if suffix not in ACCEPTED:
-        raise InputError(f"--{flag} takes a {', '.join(ACCEPTED[:-1])} or {ACCEPTED[-1]} file, not {path!r}.")
+        raise InputError(f"--config takes a {', '.join(ACCEPTED[:-1])} or {ACCEPTED[-1]} file, not {path!r}.")
     text = _read_text(path)
     pairs = _json_pairs(path, text) if suffix == ".json" else _yaml_pairs(path, text)
 
     values: dict[str, Any] = {}
     for key, value in pairs:
         name = key.replace("-", "_")
-        if name == flag:
+        if name == "config":
             raise InputError(f"{path} names {key!r}, but a file cannot include another one.")
         if name not in cls.__dataclass_fields__:
             raise InputError(f"{path}: {key!r} is not an option.{_advice(name, cls)}")

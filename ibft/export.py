@@ -6,7 +6,6 @@ Whatever can be refused is refused before a model is loaded; the output folder a
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -28,10 +27,9 @@ from ibft.errors import InputError
 from ibft.flags import NOT_EMPTY, REQUIRED, check_fields, flag, parse_flags
 from ibft.loading import fingerprint, load_base_model, load_tokenizer, quiet_libraries
 from ibft.model_card import CARD_NAME, is_ours, may_replace, render_card
-from ibft.run_folder import RECORD_NAME, refusal, write_json
+from ibft.run_folder import CHECKPOINT, RECORD_NAME, refusal, write_json
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # What a base model can have been trained in: `ibft train --dtype`.
 TRAINING_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -152,7 +150,7 @@ def read_source(folder: Path) -> Source:
     kind = settings.get("peft_type")
     if kind != "LORA":
         raise InputError(f"{folder / _CONFIG}: peft_type is {kind!r}; only LORA adapters can be exported.")
-    checkpoint = _CHECKPOINT.fullmatch(folder.name)
+    checkpoint = CHECKPOINT.fullmatch(folder.name)
     record_file = folder / RECORD_NAME
     if checkpoint and not record_file.is_file():
         record_file = folder.parent / RECORD_NAME

@@ -14,7 +14,7 @@ from typing import Any
 
 from ibft.config_file import read_json_object
 from ibft.errors import InputError
-from ibft.flags import did_you_mean
+from ibft.flags import REQUIRED, default_of, did_you_mean
 
 # What --report_to can name; ibft.tracking has them.
 TRACKERS = ("wandb", "tensorboard", "trackio")
@@ -256,8 +256,6 @@ def _known_defaults() -> dict[str, Any]:
 
     defaults: dict[str, Any] = dict(REMOVED)
     for field in dataclasses.fields(TrainingArguments):
-        if field.default_factory is not dataclasses.MISSING:
-            defaults[field.name] = field.default_factory()
-        else:
-            defaults[field.name] = None if field.default is dataclasses.MISSING else field.default
+        default = default_of(field)
+        defaults[field.name] = None if default is REQUIRED else default
     return defaults

@@ -18,6 +18,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ibft.config import BOTTLENECK, FIELDS
+from ibft.flags import default_of
 
 CARD_NAME = "README.md"
 # run: what training leaves; adapter: what `ibft export` makes of that; merged: likewise with --merge.
@@ -88,7 +89,7 @@ def render_card(
     body = [
         *_opening(record, kind, name, hub, dtype),
         *_usage(record, kind, name, hub),
-        *(_training(record, kind) if config else []),
+        *(_training(record) if config else []),
     ]
     return _sealed(f"---\n{_metadata(record, kind, name, hub).to_yaml()}\n---\n", "\n".join(body))
 
@@ -197,7 +198,7 @@ def _usage(record: Mapping[str, Any], kind: Kind, base_model: str | None, hub: b
     return lines
 
 
-def _training(record: Mapping[str, Any], kind: Kind) -> list[str]:
+def _training(record: Mapping[str, Any]) -> list[str]:
     config, ib, data = record["config"], record.get("ib"), record.get("data", {})
     named = _listed(config["dataset"]) + _listed(config.get("validation_dataset"))
     public = {name: _public(name, name in record.get("hub", [])) for name in named}
@@ -279,8 +280,7 @@ def _command(record: Mapping[str, Any]) -> str:
             continue
         if record.get("ib") is None and field.metadata["group"] == BOTTLENECK:
             continue
-        default = field.default_factory() if callable(field.default_factory) else field.default
-        if value == default:
+        if value == default_of(field):
             continue
         if isinstance(value, bool):
             words.append(f"--{'' if value else 'no_'}{name}")

@@ -28,13 +28,12 @@ def describe_run(run: "Run") -> str:
     total = sum(num_elements(p) for p in model.parameters())
     rows = run.plan.rows_per_step
     kept = "" if rows == config.rows_per_process * engine.world_size else ", as it was begun,"
-    dtype = next(model.get_base_model().parameters()).dtype
-    kernel = backends.select("linear_cross_entropy", engine.device.type, dtype).backend.name
+    kernel = backends.select("linear_cross_entropy", engine.device.type, run.dtype).backend.name
     checkpointing = "on" if run.checkpointing.on else "off"
     packed = "padded" if config.packing == "none" else "packed"
     lines = [
         f"base model    {config.base_model} ({short_count(total - trainable)} parameters, "
-        f"{str(dtype).removeprefix('torch.')}, {_where(engine.device)})",
+        f"{str(run.dtype).removeprefix('torch.')}, {_where(engine.device)})",
         f"engine        {engine.name}; attention {run.attention.label} ({run.attention.reason})",
         f"data          {', '.join(config.dataset)}",
         *(f"              {line}" for line in data.report.lines()),
@@ -111,7 +110,7 @@ def run_record(run: "Run", result: dict[str, Any] | None) -> dict[str, Any]:
         if run.validation is None
         else {"fingerprint": run.validation.fingerprint, **asdict(run.validation.report)},
         "hub": hub_names(run.config.to_dict()),
-        "dtype": str(next(run.model.get_base_model().parameters()).dtype).removeprefix("torch."),
+        "dtype": str(run.dtype).removeprefix("torch."),
         "engine": run.engine.name,
         "engine_kind": run.engine.kind,
         "attention": run.attention.label,

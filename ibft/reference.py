@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from ibft.arguments import PRECEDENCE, SOURCES
 from ibft.config import FIELDS, TrainConfig
-from ibft.flags import REQUIRED, default_of, kind_of
+from ibft.flags import NOT_EMPTY, REQUIRED, default_of, kind_of
 
 EXAMPLE = """\
 base_model: Qwen/Qwen2.5-Coder-0.5B
@@ -83,7 +83,7 @@ def _kind(field: dataclasses.Field[Any]) -> str:
         text = "numbers" if typing.get_args(kind) == (float,) else "names"
     else:
         text = {int: "integer", float: "number", bool: "true or false", str: "text"}[kind]
-    if check is not None and check[1] != "a name or path":
+    if check not in (None, NOT_EMPTY):
         text += f" {check[1]}"
     return f"{text}, or none" if optional else text
 

@@ -29,7 +29,7 @@ METRICS_NAME = "metrics.jsonl"
 MARK_NAME = "checkpoint.json"  # the last file of a checkpoint to be written
 INTERRUPTED_NAME = "interrupted.json"  # of a run that a signal ended, until it goes on
 LOCK_NAME = ".lock"  # there while a run writes to its folder
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # Disk full, over quota, file too large, read-only, not allowed, failing, gone.
 _REFUSALS = {
     errno.ENOSPC,
@@ -209,7 +209,7 @@ def checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints in a run's folder, oldest step first."""
     if not folder.is_dir():
         return []
-    named = [(match, path) for path in folder.iterdir() if (match := _CHECKPOINT.fullmatch(path.name))]
+    named = [(match, path) for path in folder.iterdir() if (match := CHECKPOINT.fullmatch(path.name))]
     # Another trainer's folders of that name are none of ours.
     return [path for _, path in sorted((int(match[1]), path) for match, path in named if (path / MARK_NAME).is_file())]
 
@@ -220,7 +220,7 @@ def refuse_in_the_way(folder: Path, steps: range) -> None:
     Ours are never in the way: a run goes on from the newest, or `clear_output` removes them all.
     """
     for path in folder.glob("checkpoint-*"):
-        match = _CHECKPOINT.fullmatch(path.name)
+        match = CHECKPOINT.fullmatch(path.name)
         if match and int(match[1]) in steps and not (path / MARK_NAME).is_file():
             raise InputError(
                 f"{path} is in the way of the checkpoint after step {match[1]}, and has no {MARK_NAME}, so that it may "

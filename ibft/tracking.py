@@ -30,7 +30,8 @@ class Metrics:
         self._file = path.open("a")
         self._trackers = list(trackers)
         self._total = total_steps
-        self._bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, disable=_no_terminal())
+        no_terminal = not sys.stderr.isatty()
+        self._bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, disable=no_terminal)
 
     def write(self, records: list[dict[str, Any]]) -> None:
         """Appends the records of a logging window and shows the newest."""
@@ -171,10 +172,6 @@ def _has_wandb_key() -> bool:
         return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False
-
-
-def _no_terminal() -> bool:
-    return not sys.stderr.isatty()
 
 
 def _reason(error: Exception) -> str:

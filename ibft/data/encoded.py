@@ -176,8 +176,9 @@ class EncodedDataset:
         is_label[0] = False
         return Document(tokens, is_label, int(self.example_ids[index]))
 
-    def places(self, documents: np.ndarray | list[int], most: int = 20) -> str:
-        """For people: the dataset and row of documents (indices), as "rows 3, 8 of the dataset", `most` of each."""
+    def places(self, documents: np.ndarray | list[int]) -> str:
+        """For people: the dataset and row of documents (indices), as "rows 3, 8 of the dataset", 20 of each at most."""
+        most = 20
         parts = []
         for source, name in enumerate(self.names):
             found = np.unique(self.source_rows[documents][self.sources[documents] == source]).tolist()

@@ -1,5 +1,6 @@
 """The command `ibft`: sub-commands, and errors without a traceback."""
 
+import importlib
 import os
 import sys
 import traceback
@@ -19,6 +20,15 @@ commands:
   lab           the memorisation barrier as an experiment, on data and models made on the spot (ibft lab --help)
 
 ibft --version prints the version."""
+_COMMANDS = {
+    "train": "ibft.train",
+    "eval": "ibft.evaluate.cli",
+    "estimate": "ibft.estimate.cli",
+    "memorization": "ibft.memorization.cli",
+    "represent": "ibft.represent.cli",
+    "export": "ibft.export",
+    "lab": "ibft.lab.cli",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,40 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"ibft {ibft.__version__}")
         return 0
-    if command == "train":
-        from ibft import train
-
-        return run_command(train.main, rest, interrupted=train.INTERRUPTED)
-    if command == "eval":
-        from ibft.evaluate import cli as evaluation
-
-        return run_command(evaluation.main, rest)
-    if command == "estimate":
-        from ibft.estimate import cli as estimates
-
-        return run_command(estimates.main, rest)
-    if command == "memorization":
-        from ibft.memorization import cli as memorization
-
-        return run_command(memorization.main, rest)
-    if command == "represent":
-        from ibft.represent import cli as representation
-
-        return run_command(representation.main, rest)
-    if command == "export":
-        from ibft import export
-
-        return run_command(export.main, rest)
-    if command == "lab":
-        from ibft.lab import cli
-
-        return run_command(cli.main, rest)
-    print(
-        f"ibft: error: {command!r} is not a command of ibft; there are: train, eval, estimate, memorization, "
-        "represent, export, lab.",
-        file=sys.stderr,
-    )
-    return 2
+    if command not in _COMMANDS:
+        known = ", ".join(_COMMANDS)
+        print(f"ibft: error: {command!r} is not a command of ibft; there are: {known}.", file=sys.stderr)
+        return 2
+    module = importlib.import_module(_COMMANDS[command])  # only now: they import torch, most of them
+    return run_command(module.main, rest, interrupted=getattr(module, "INTERRUPTED", ""))
 
 
 def run_command(command: Callable[[Sequence[str]], None], argv: Sequence[str], *, interrupted: str = "") -> int:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ibft.architecture import CausalLM
-from ibft.engines.base import OptimizerState, num_elements, saved_parameters
+from ibft.engines.base import OptimizerState, num_elements
 from ibft.engines.distributed import Distributed
 from ibft.engines.zero_config import KINDS, fit_bucket
 from ibft.errors import InputError
@@ -74,10 +74,6 @@ class Zero(Distributed):
         norm = torch.where(sound, norm, torch.inf)
         return norm, torch.maximum(diverged, 1 - sound.float())
 
-    def weights(self, model: Any) -> dict[str, Tensor]:
-        """The float32 values where there are such, not what they are rounded to for the forward pass."""
-        return self._to_main((name, self._whole_weight(parameter)) for name, parameter in saved_parameters(model))
-
     def optimizer_state(self, model: nn.Module, optimizer: Optimizer) -> OptimizerState:
         """Gathered from the partitions; the step is the same in all of them."""
         from deepspeed.utils import safe_get_full_optimizer_state
@@ -115,13 +111,14 @@ class Zero(Distributed):
                 padded[: whole.numel()] = whole
                 safe_set_local_optimizer_state(parameter, padded[self.rank * size : (self.rank + 1) * size], key)
 
-    def _whole_weight(self, parameter: nn.Parameter) -> Tensor:
+    def _whole(self, tensor: Tensor) -> Tensor:
+        """A parameter: its float32 values where there are such, not what they are rounded to for the forward pass."""
         from deepspeed.utils import safe_get_full_fp32_param
 
-        if parameter.requires_grad:
-            return safe_get_full_fp32_param(parameter)
-        with self._deepspeed.zero.GatheredParameters([parameter], enabled=self.shards_weights):
-            return parameter.detach().clone()
+        if tensor.requires_grad:
+            return safe_get_full_fp32_param(tensor)
+        with self._deepspeed.zero.GatheredParameters([tensor], enabled=self.shards_weights):
+            return tensor.detach().clone()
 
     def close(self) -> None:
         """DeepSpeed's own handles first."""

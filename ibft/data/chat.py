@@ -233,7 +233,10 @@ class ChatEncoder:
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         conversations = [json.loads(text) for text in batch["messages"]]
-        rendered = [self._render(messages, batch, row) for row, messages in enumerate(conversations)]
+        rendered = [
+            self._render(messages, batch, row) if learnt_turns(messages) else None
+            for row, messages in enumerate(conversations)
+        ]
         tokens = iter(self._tokenize([one for one in rendered if one is not None]))
         rows = [
             Tokenized([], [], EMPTY) if one is None else self._fit(messages, next(tokens), batch, row)
@@ -241,9 +244,7 @@ class ChatEncoder:
         ]
         return columns_of(rows, batch["example_id"])
 
-    def _render(self, messages: list[Message], batch: dict[str, list[Any]], row: int) -> Rendered | None:
-        if not learnt_turns(messages):
-            return None
+    def _render(self, messages: list[Message], batch: dict[str, list[Any]], row: int) -> Rendered:
         try:
             return self.template.render(messages)
         except TemplateRefusal as refusal:
@@ -259,7 +260,7 @@ class ChatEncoder:
         shorter = _without_oldest_exchanges(messages) if self.overlong == "shorten" else []
 
         def encoded(count: int) -> Tokenized:
-            return self._tokenize([one for one in [self._render(shorter[count], batch, row)] if one is not None])[0]
+            return self._tokenize([self._render(shorter[count], batch, row)])[0]
 
         # Each exchange less is shorter, so the first that fits is found by halving.
         first = bisect.bisect_left(

@@ -61,6 +61,8 @@ def encode(
     """
     if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 2:
         raise InputError(f"max_length must be an integer of at least 2, not {max_length!r}.")
+    if bos not in ("auto", "yes", "no"):
+        raise InputError(f"bos must be 'auto', 'yes' or 'no', not {bos!r}.")
     if overlong not in ("shorten", "drop"):
         raise InputError(f"overlong must be 'shorten' or 'drop', not {overlong!r}.")
     if num_proc is not None and (isinstance(num_proc, bool) or not isinstance(num_proc, int) or num_proc < 1):
@@ -103,24 +105,17 @@ def encode(
 
 
 def _check_template_bos(template: ChatTemplate, bos: str) -> None:
-    _check_bos(bos)
     if bos != "auto" and (bos == "yes") != (writes := template.description["bos"]):
         does = "begins conversations with BOS" if writes else "begins no conversation with BOS"
         raise InputError(f"--bos {bos}: the chat template decides, and this one {does}; use --bos auto.")
 
 
 def _puts_bos(tokenizer: PreTrainedTokenizerBase, bos: str, name: str) -> bool:
-    _check_bos(bos)
     if bos == "yes" and tokenizer.bos_token_id is None:
         raise InputError(f"bos='yes' needs a tokenizer with a BOS token, and {name!r} has none; use 'auto' or 'no'.")
     if bos != "auto":
         return bos == "yes"
     return tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-
-
-def _check_bos(bos: str) -> None:
-    if bos not in ("auto", "yes", "no"):
-        raise InputError(f"bos must be 'auto', 'yes' or 'no', not {bos!r}.")
 
 
 def _map(

@@ -93,12 +93,17 @@ def _refuse_twice(names: Sequence[str]) -> None:
     """The same rows under two names could be held out under one of them and trained on under the other."""
     seen: dict[str, str] = {}
     for name in names:
-        path = Path(name).expanduser()
-        place = str(path.resolve()) if path.exists() else name
+        place = _place(name)
         if place in seen:
             again = f"{name!r}" if seen[place] == name else f"{seen[place]!r} and {name!r}"
             raise InputError(f"--dataset names {again} twice; to pass over it several times, use --dataset_weights.")
         seen[place] = name
+
+
+def _place(name: str) -> str:
+    """What is the same for two names of one dataset: a path without links and detours, or a Hub name."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.exists() else name
 
 
 def _check_alike(parts: Sequence[Part]) -> None:
@@ -125,10 +130,7 @@ def _validation_parts(config: TrainConfig, named: Sequence[tuple[str, Source]]) 
     if config.validation_dataset is not None:
         name = config.validation_dataset
         split = _only_split(name)
-        training = {str(Path(other).expanduser().resolve()) for other, _ in named if Path(other).expanduser().exists()}
-        training |= {other for other, _ in named}
-        place = str(Path(name).expanduser().resolve()) if Path(name).expanduser().exists() else name
-        if place in training and split == config.dataset_split:
+        if split == config.dataset_split and _place(name) in {_place(other) for other, _ in named}:
             raise InputError(
                 f"--validation_dataset {name} is trained on; name another, or hold rows out with --validation_split."
             )

@@ -68,7 +68,7 @@ def select_attention(
     compiled: whether torch.compile will run over the layers. Raises InputError, saying what would work, for a request
     that the device, the dtype, the model or the installation cannot serve.
     """
-    padded = "one padded document per row"
+    apart = "one padded document per row" if packing == "none" else "documents of a packed row kept apart by a mask"
     kernel_obstacle = _kernel_obstacle(base_config.get_text_config(), device, dtype)
     if requested != "auto":
         if obstacle := _obstacle(requested, device, dtype, base_config, compiled):
@@ -80,8 +80,7 @@ def select_attention(
             return Attention(BY_DOCUMENT, f"asked for; {_one_by_one(kernel_obstacle, device)}")
         if requested in KERNELS:
             return Attention(registered(requested), "asked for")
-        masked = padded if packing == "none" else "documents of a packed row kept apart by a mask"
-        return Attention(requested, f"asked for; {masked}")
+        return Attention(requested, f"asked for; {apart}")
     obstacles = {}
     for name in (*FLASH, "varlen", "sdpa", "eager"):
         obstacle = _obstacle(name, device, dtype, base_config, compiled)
@@ -99,8 +98,7 @@ def select_attention(
             return Attention(VARLEN, f"of torch {torch.__version__}{faster}")
         how = "document by document" if kernel_obstacle == flash_obstacle else _one_by_one(kernel_obstacle, device)
         return Attention(BY_DOCUMENT, how + faster)
-    kept = padded if packing == "none" else "documents of a packed row kept apart by its mask"
-    return Attention(name, f"{kept}; varlen: {obstacles['varlen']}")
+    return Attention(name, f"{apart}; varlen: {obstacles['varlen']}")
 
 
 def _one_by_one(kernel_obstacle: str, device: torch.device) -> str:

@@ -68,7 +68,7 @@ def test_where_no_kernel_serves_documents_are_taken_one_by_one(gpu: Callable[...
     compiled = select(dtype=torch.float32, compiled=True)
     assert compiled.implementation == "sdpa" and compiled.lengths is None
     assert compiled.reason == (
-        "documents of a packed row kept apart by its mask; varlen: a loop over documents, which --compile cannot take "
+        "documents of a packed row kept apart by a mask; varlen: a loop over documents, which --compile cannot take "
         "in; torch's kernel: it computes in bfloat16, and the model is float32"
     )
     alone = select(dtype=torch.float32, compiled=True, packing="none")

@@ -72,16 +72,14 @@ def load_base_model(
     `dtype`. Raises InputError when it cannot be loaded.
     """
     _check_folder(name)
-    quantized = (
-        BitsAndBytesConfig(
+    options = {}
+    if load_in_4bit:
+        options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
-        if load_in_4bit
-        else None
-    )
     try:
         if attn_implementation is None:
             attn_implementation = plain_attention(AutoConfig.from_pretrained(name, trust_remote_code=False))
@@ -92,7 +90,7 @@ def load_base_model(
             trust_remote_code=False,  # else it would ask, and on every process
             # Straight to the GPU: no copy of the whole model in the host's memory, once per process.
             device_map={"": device} if device.type == "cuda" or load_in_4bit else None,
-            **({} if quantized is None else {"quantization_config": quantized}),
+            **options,
         )
     except Exception as error:  # as above, and of the network
         raise InputError(f"base_model {name!r} cannot be loaded as a causal LM: {_reason(error)}") from error

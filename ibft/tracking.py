@@ -81,8 +81,8 @@ class Tracker(Protocol):
         """Sends what is left, and closes."""
 
 
-class _Run:
-    """A run of wandb's or trackio's, which have the same interface."""
+class _WandbLike:
+    """wandb, or trackio, which has the same interface."""
 
     def __init__(self, name: str, project: str, run_name: str | None, config: dict[str, Any]) -> None:
         self.name = name
@@ -128,7 +128,7 @@ def start_trackers(
             if name == "tensorboard":
                 started.append(_TensorBoard(output / TENSORBOARD_FOLDER, run_name, config, start_step))
             else:
-                started.append(_Run(name, os.environ.get(f"{name.upper()}_PROJECT", "ibft"), run_name, config))
+                started.append(_WandbLike(name, os.environ.get(f"{name.upper()}_PROJECT", "ibft"), run_name, config))
         except Exception as error:  # of many kinds, of the network too
             notices.append(f"{name} could not start ({_reason(error)}); {_ADVICE}.")
     return started, notices

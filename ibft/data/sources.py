@@ -1,6 +1,6 @@
 """From what the user names (a file, a folder or a Hub dataset) to rows of prompt, response and example id.
 
-Which columns those are is settled here; `readers.py` knows the file formats.
+`columns.py` chooses the columns, `readers.py` knows the file formats.
 """
 
 from __future__ import annotations

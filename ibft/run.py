@@ -65,6 +65,7 @@ class Run:
     attention: Attention
     tokenizer: PreTrainedTokenizerBase
     data: EncodedDataset
+    validation: EncodedDataset | None
     plan: BatchPlan
     model: IBModel  # what is saved
     wrapped: nn.Module  # what is called
@@ -72,13 +73,12 @@ class Run:
     schedule: LRScheduler
     base_fingerprint: str
     identity: dict[str, Any]  # what a resumed run must match
+    start_step: int
     total_steps: int
     warmup_steps: int
     cost: ModelCost | None  # None for a mixture of experts
     checkpointing: Checkpointing
     peak: Peak
-    start_step: int = 0
-    validation: EncodedDataset | None = None
 
     @property
     def output(self) -> Path:
@@ -172,6 +172,7 @@ def set_up(config: TrainConfig, engine: Engine) -> Run:
         attention=attention,
         tokenizer=tokenizer,
         data=data,
+        validation=validation,
         plan=plan,
         model=model,
         wrapped=wrapped,
@@ -179,13 +180,12 @@ def set_up(config: TrainConfig, engine: Engine) -> Run:
         schedule=schedule,
         base_fingerprint=base_fingerprint,
         identity=identity,
+        start_step=start_step,
         total_steps=total_steps,
         warmup_steps=warmup_steps,
         cost=cost,
         checkpointing=checkpointing,
         peak=peak_of(config, engine.device, dtype),
-        start_step=start_step,
-        validation=validation,
     )
 
 
@@ -219,13 +219,6 @@ def _plan(config: TrainConfig, engine: Engine, data: EncodedDataset, saved: Chec
     )
 
 
-def _longest_row(config: TrainConfig, data: EncodedDataset) -> int:
-    """Positions that a row may take; the padding of a packed one counts from 0 too, up to the length of others."""
-    if config.packing == "none":
-        return int(data.lengths.max())
-    return min(config.max_length, int(data.lengths.sum()))
-
-
 def _load_base(
     config: TrainConfig, engine: Engine, attention: Attention, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, str]:
@@ -240,34 +233,70 @@ def _load_base(
     return base, "" if outline else fingerprint(base)
 
 
-def compile_layers(model: IBModel) -> None:
-    """torch.compile of every decoder layer's own computation; hooks stay outside, those of FSDP2 and the tap too."""
-    for layer in CausalLM.of(model.get_base_model()).layers:
-        layer.forward = _limited(torch.compile(layer.forward))
+def _longest_row(config: TrainConfig, data: EncodedDataset) -> int:
+    """Positions that a row may take; the padding of a packed one counts from 0 too, up to the length of others."""
+    if config.packing == "none":
+        return int(data.lengths.max())
+    return min(config.max_length, int(data.lengths.sum()))
 
 
-def _limited(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A compiled forward with room for _VARIANTS, which all layers share; InputError where torch would go on without.
+def _with_adapter(config: TrainConfig, base: PreTrainedModel, adapter: LoraConfig, attention: Attention) -> IBModel:
+    """The model that is trained. Making it tries the base model; then it is seen whether documents stay apart in it."""
+    ib = _ib_config(config, base)
+    init = adapter.init_lora_weights
+    if base.device.type == "meta" and str(init).startswith(_READS_WEIGHTS):
+        adapter.init_lora_weights = True
+    try:
+        model = IBModel.from_base(base, adapter, ib)
+    except InputError:
+        raise
+    except ValueError as error:  # PEFT's, of modules that the model has not, or cannot adapt
+        raise InputError(f"the adapter does not fit the base model: {error}") from error
+    except Exception as error:  # PEFT's too, of as many kinds as a file of settings can be wrong
+        if config.adapter_config is None:
+            raise
+        raise InputError(
+            f"{config.adapter_config}: the adapter does not fit the base model: {type(error).__name__}: {error}"
+        ) from error
+    adapter.init_lora_weights = init
+    if ib is not None and not _reaches_below(model, ib.target_layer):
+        raise InputError(
+            f"no adapter is at or below target_layer {ib.target_layer}, so the bottleneck would shape nothing; lower "
+            "layers_to_transform, or raise --target_layer."
+        )
+    if config.packing != "none":
+        CausalLM.of(base).check_packing(attention.lengths and document_lengths([2, 2], attention.lengths))
+    return model
 
-    Its own limit is 8, and from there on layers run uncompiled, with a line in the log.
-    """
-    from torch._dynamo import config, exc
 
-    # Around each call, because settings are a thread's own, and with checkpointing layers run in autograd's, too.
-    limit = config.patch(recompile_limit=_VARIANTS, fail_on_recompile_limit_hit=True)
+def _ib_config(config: TrainConfig, base: torch.nn.Module) -> IBConfig | None:
+    if config.method == "sft":
+        return None
+    layer = config.target_layer or default_target_layer(CausalLM.of(base).num_layers)
+    return IBConfig(
+        target_layer=layer,
+        bottleneck_dim=config.bottleneck_dim,
+        encoder=config.encoder,
+        encoder_rank=config.encoder_rank or 32,
+        alpha=config.alpha,
+        beta=config.beta,
+        alpha_warmup_steps=config.alpha_warmup_steps,
+        kl_weight=config.kl_weight,
+        free_bits=config.free_bits,
+        ib_rate_target=config.ib_rate_target,
+        kl_tokens=config.kl_tokens,
+        kl_reduction=config.kl_reduction,
+        sample=config.sample,
+    )
 
-    @functools.wraps(forward)
-    def limited(*arguments: Any, **options: Any) -> Any:
-        try:
-            with limit:
-                return forward(*arguments, **options)
-        except exc.FailOnRecompileLimitHit as error:
-            raise InputError(
-                f"--compile: the decoder's layers were compiled {_VARIANTS} times, for other shapes and settings each, "
-                "and there is no end to it; leave it out."
-            ) from error
 
-    return limited
+def _reaches_below(model: IBModel, target_layer: int) -> bool:
+    """Whether something is trained other than the layers above the target, whose output the bottleneck reads."""
+    parts = CausalLM.of(model.get_base_model())
+    layers = parts.layers[target_layer:]
+    above = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    trained = [p for name, p in model.named_parameters() if p.requires_grad and not name.startswith("bottleneck.")]
+    return any(id(parameter) not in above for parameter in trained)
 
 
 def _cost(model: IBModel) -> ModelCost | None:
@@ -303,63 +332,34 @@ def _identity(
     )
 
 
-def _with_adapter(config: TrainConfig, base: PreTrainedModel, adapter: LoraConfig, attention: Attention) -> IBModel:
-    """The model that is trained. Making it tries the base model; then it is seen whether documents stay apart in it."""
-    ib = _ib_config(config, base)
-    init = adapter.init_lora_weights
-    if base.device.type == "meta" and str(init).startswith(_READS_WEIGHTS):
-        adapter.init_lora_weights = True
-    try:
-        model = IBModel.from_base(base, adapter, ib)
-    except InputError:
-        raise
-    except ValueError as error:  # PEFT's, of modules that the model has not, or cannot adapt
-        raise InputError(f"the adapter does not fit the base model: {error}") from error
-    except Exception as error:  # PEFT's too, of as many kinds as a file of settings can be wrong
-        if config.adapter_config is None:
-            raise
-        raise InputError(
-            f"{config.adapter_config}: the adapter does not fit the base model: {type(error).__name__}: {error}"
-        ) from error
-    adapter.init_lora_weights = init
-    if ib is not None and not _reaches_below(model, ib.target_layer):
-        raise InputError(
-            f"no adapter is at or below target_layer {ib.target_layer}, so the bottleneck would shape nothing; lower "
-            "layers_to_transform, or raise --target_layer."
-        )
-    if config.packing != "none":
-        CausalLM.of(base).check_packing(attention.lengths and document_lengths([2, 2], attention.lengths))
-    return model
+def compile_layers(model: IBModel) -> None:
+    """torch.compile of every decoder layer's own computation; hooks stay outside, those of FSDP2 and the tap too."""
+    for layer in CausalLM.of(model.get_base_model()).layers:
+        layer.forward = _limited(torch.compile(layer.forward))
 
 
-def _reaches_below(model: IBModel, target_layer: int) -> bool:
-    """Whether something is trained other than the layers above the target, whose output the bottleneck reads."""
-    parts = CausalLM.of(model.get_base_model())
-    layers = parts.layers[target_layer:]
-    above = {id(parameter) for layer in layers for parameter in layer.parameters()}
-    trained = [p for name, p in model.named_parameters() if p.requires_grad and not name.startswith("bottleneck.")]
-    return any(id(parameter) not in above for parameter in trained)
+def _limited(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A compiled forward with room for _VARIANTS, which all layers share; InputError where torch would go on without.
 
+    Its own limit is 8, and from there on layers run uncompiled, with a line in the log.
+    """
+    from torch._dynamo import config, exc
 
-def _ib_config(config: TrainConfig, base: torch.nn.Module) -> IBConfig | None:
-    if config.method == "sft":
-        return None
-    layer = config.target_layer or default_target_layer(CausalLM.of(base).num_layers)
-    return IBConfig(
-        target_layer=layer,
-        bottleneck_dim=config.bottleneck_dim,
-        encoder=config.encoder,
-        encoder_rank=config.encoder_rank or 32,
-        alpha=config.alpha,
-        beta=config.beta,
-        alpha_warmup_steps=config.alpha_warmup_steps,
-        kl_weight=config.kl_weight,
-        free_bits=config.free_bits,
-        ib_rate_target=config.ib_rate_target,
-        kl_tokens=config.kl_tokens,
-        kl_reduction=config.kl_reduction,
-        sample=config.sample,
-    )
+    # Around each call, because settings are a thread's own, and with checkpointing layers run in autograd's, too.
+    limit = config.patch(recompile_limit=_VARIANTS, fail_on_recompile_limit_hit=True)
+
+    @functools.wraps(forward)
+    def limited(*arguments: Any, **options: Any) -> Any:
+        try:
+            with limit:
+                return forward(*arguments, **options)
+        except exc.FailOnRecompileLimitHit as error:
+            raise InputError(
+                f"--compile: the decoder's layers were compiled {_VARIANTS} times, for other shapes and settings each, "
+                "and there is no end to it; leave it out."
+            ) from error
+
+    return limited
 
 
 def _build_optimizer(config: TrainConfig, model: IBModel) -> AdamW:

@@ -75,20 +75,21 @@ def _refuse_occupied(folder: Path, *, overwrite: bool, resume: bool) -> None:
         raise InputError(f"output_dir {folder} holds a model (config.json); choose another folder.")
     if resume and not checkpoints(folder) and not (folder / RECORD_NAME).exists():
         raise InputError(f"--resume: there is no checkpoint in {folder} to continue from.")
-    if not overwrite:
-        if _is_finished(folder):
-            raise InputError(f"output_dir {folder} holds a finished run; choose another, or pass --overwrite.")
-        if not resume and checkpoints(folder):
-            raise InputError(
-                f"output_dir {folder} holds an unfinished run; pass --resume, or --overwrite to start over."
-            )
-        if not resume and (folder / RECORD_NAME).exists():
-            raise InputError(
-                f"output_dir {folder} holds a run that ended before its first checkpoint; pass --resume or "
-                "--overwrite, either of which starts over."
-            )
-        if not resume and (folder / "adapter_config.json").exists():
-            raise InputError(f"output_dir {folder} holds another adapter; choose another, or pass --overwrite.")
+    if overwrite:
+        return
+    if _is_finished(folder):
+        raise InputError(f"output_dir {folder} holds a finished run; choose another, or pass --overwrite.")
+    if resume:
+        return
+    if checkpoints(folder):
+        raise InputError(f"output_dir {folder} holds an unfinished run; pass --resume, or --overwrite to start over.")
+    if (folder / RECORD_NAME).exists():
+        raise InputError(
+            f"output_dir {folder} holds a run that ended before its first checkpoint; pass --resume or --overwrite, "
+            "either of which starts over."
+        )
+    if (folder / "adapter_config.json").exists():
+        raise InputError(f"output_dir {folder} holds another adapter; choose another, or pass --overwrite.")
 
 
 @contextmanager

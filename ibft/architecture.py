@@ -93,10 +93,15 @@ class CausalLM:
                 '(target_modules="all-linear" leaves it out); a tied head has its embedding\'s trainable_token_indices.'
             )
 
+    @property
+    def _has_weights(self) -> bool:
+        """Without them (on the meta device, or sharded) the checks that run the model are skipped."""
+        return not self.head.weight.is_meta and self.head.weight.numel() > 0
+
     @torch.no_grad()
     def check_causal(self) -> None:
         """Raises InputError when a token's hidden state depends on the next one, as an encoder's does."""
-        if self.head.weight.is_meta or self.head.weight.numel() == 0:
+        if not self._has_weights:
             return
         with evaluating(self.decoder):
             hidden = self.decode(input_ids=torch.tensor([[0, 1], [0, 2]], device=self.head.weight.device))
@@ -110,9 +115,9 @@ class CausalLM:
     def check_logits(self, model: nn.Module) -> None:
         """Raises InputError when the model computes its logits in a way that this class does not describe.
 
-        Two tokens through the model and through the parts; skipped where the weights are not here (meta, sharded).
+        Two tokens through the model and through the parts.
         """
-        if self.head.weight.is_meta or self.head.weight.numel() == 0:
+        if not self._has_weights:
             return
         ids = torch.tensor([[0, 1]], device=self.head.weight.device)
         with evaluating(model):
@@ -131,9 +136,9 @@ class CausalLM:
         """Raises InputError when documents of a packed row see each other, as in models that ignore position_ids.
 
         A document of two tokens behind another one must have the hidden states that it has alone. lengths: for an
-        attention that takes them, `document_lengths` of 2 and 2. Skipped where the weights are not here (meta).
+        attention that takes them, `document_lengths` of 2 and 2.
         """
-        if self.head.weight.is_meta:
+        if not self._has_weights:
             return
         device = self.head.weight.device
         with evaluating(self.decoder):

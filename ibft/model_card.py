@@ -199,10 +199,34 @@ def _usage(record: Mapping[str, Any], kind: Kind, base_model: str | None, hub: b
 
 
 def _training(record: Mapping[str, Any]) -> list[str]:
-    config, ib, data = record["config"], record.get("ib"), record.get("data", {})
+    lines = ["## Training", "", "### Data", "", *_data(record), "", "### Method", "", *_method(record)]
+    if result := {name: value for name, value in (record.get("result") or {}).items() if value is not None}:
+        held_out = "; eval_loss on the validation data" if "eval_loss" in result else ""
+        lines += ["### Result", "", f"Of the last optimizer step, on its own batch of training data{held_out}:", ""]
+        lines += [*_table(result, _RESULTS), ""]
+    lines += [
+        "### Reproduce",
+        "",
+        "A command of the same meaning:",
+        "",
+        "```console",
+        f"$ {_command(record)}",
+        "```",
+        "",
+    ]
+    versions = ", ".join(f"{name} {value}" for name, value in record.get("versions", {}).items() if value)
+    dtype = f", base model in {record['dtype']}" if record.get("dtype") else ""
+    lines.append(f"Ran on {versions}; engine {record.get('engine')}, attention {record.get('attention')}{dtype}.")
+    if record.get("ib"):
+        lines += ["", f"The method: [arXiv 2510.16022]({_PAPER})."]
+    return [*lines, ""]
+
+
+def _data(record: Mapping[str, Any]) -> list[str]:
+    config, data = record["config"], record.get("data", {})
     named = _listed(config["dataset"]) + _listed(config.get("validation_dataset"))
     public = {name: _public(name, name in record.get("hub", [])) for name in named}
-    lines = ["## Training", "", "### Data", "", *(f"- `{public[name]}`" for name in _listed(config["dataset"]))]
+    lines = [f"- `{public[name]}`" for name in _listed(config["dataset"])]
     for line in data.get("summary", []):
         for name in sorted(public, key=len, reverse=True):  # a path may be the beginning of another one
             line = line.replace(name, public[name])
@@ -211,8 +235,12 @@ def _training(record: Mapping[str, Any]) -> list[str]:
         lines.append(f"- validated on {held_out['kept']:,} rows")
     if data.get("fingerprint"):
         lines.append(f"- fingerprint of the tokens: `{data['fingerprint']}`")
-    lines += ["", "### Method", ""]
-    if ib:
+    return lines
+
+
+def _method(record: Mapping[str, Any]) -> list[str]:
+    lines = []
+    if ib := record.get("ib"):
         unused = {name for name in ("alpha_warmup_steps", "free_bits", "ib_rate_target") if not ib.get(name)}
         unused |= {"encoder_rank"} if ib.get("encoder") != "lora" else set()
         unused |= {"kl_weight"} if ib.get("kl_weight") == 1 and "ib_rate_target" in unused else set()
@@ -235,26 +263,7 @@ def _training(record: Mapping[str, Any]) -> list[str]:
         lines += [f"on the modules {', '.join(last)}.", ""]
     if flags := [name for name in ("use_rslora", "use_dora") if adapter.get(name)]:
         lines += [f"with {', '.join(flags)}.", ""]
-    if result := {name: value for name, value in (record.get("result") or {}).items() if value is not None}:
-        held_out = "; eval_loss on the validation data" if "eval_loss" in result else ""
-        lines += ["### Result", "", f"Of the last optimizer step, on its own batch of training data{held_out}:", ""]
-        lines += [*_table(result, _RESULTS), ""]
-    lines += [
-        "### Reproduce",
-        "",
-        "A command of the same meaning:",
-        "",
-        "```console",
-        f"$ {_command(record)}",
-        "```",
-        "",
-    ]
-    versions = ", ".join(f"{name} {value}" for name, value in record.get("versions", {}).items() if value)
-    dtype = f", base model in {record['dtype']}" if record.get("dtype") else ""
-    lines.append(f"Ran on {versions}; engine {record.get('engine')}, attention {record.get('attention')}{dtype}.")
-    if ib:
-        lines += ["", f"The method: [arXiv 2510.16022]({_PAPER})."]
-    return [*lines, ""]
+    return lines
 
 
 def _table(values: Mapping[str, Any], meanings: Mapping[str, str]) -> list[str]:

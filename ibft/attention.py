@@ -10,7 +10,7 @@ import inspect
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from ibft.document_attention import BY_DOCUMENT, FLASH, KERNELS, VARLEN, registered
@@ -46,11 +46,6 @@ class Attention(NamedTuple):
         """The name as --attn_implementation takes it."""
         names = {implementation: name for name, implementation in KERNELS.items()} | {BY_DOCUMENT: "varlen"}
         return names.get(self.implementation, self.implementation)
-
-    def leave(self, model: PreTrainedModel) -> None:
-        """Makes a trained model fit for anything: what is registered here is for batches of a loader alone."""
-        if self.lengths is not None:
-            model.set_attn_implementation(_sdpa_or_eager(type(model), model.config))
 
 
 def select_attention(
@@ -107,11 +102,8 @@ def _one_by_one(kernel_obstacle: str, device: torch.device) -> str:
 
 def plain_attention(base_config: PreTrainedConfig) -> str:
     """What takes any batch, padded on the left or with a cache: "sdpa", or "eager" for a model that it is wrong for."""
-    return _sdpa_or_eager(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(base_config), None), base_config)
-
-
-def _sdpa_or_eager(model: Any, config: PreTrainedConfig) -> str:
-    return "sdpa" if _sdpa_obstacle(model, config.get_text_config()) is None else "eager"
+    model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(base_config), None)
+    return "sdpa" if _sdpa_obstacle(model, base_config.get_text_config()) is None else "eager"
 
 
 def _obstacle(

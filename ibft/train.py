@@ -94,7 +94,6 @@ def _train(run: Run, notices: Sequence[str]) -> dict[str, Any]:
             if metrics is not None:
                 metrics.close()
         record = run_record(run, result=summary)
-        run.attention.leave(run.model.get_base_model())
         weights = engine.weights(run.model)
         engine.on_main(save_result, run.output, run.model, weights, run.tokenizer, record)
     if engine.is_main:

@@ -53,7 +53,7 @@ class BatchPlan:
                 f"Document {unfit[0]} has {self.lengths[unfit[0]]} tokens; accepted are 1 to max_length {max_length}."
             )
         self.max_length, self.packing, self.seed = max_length, packing, seed
-        self.rows_per_batch, self.accumulation, self.world_size = rows_per_batch, accumulation, world_size
+        self.rows_per_batch, self.world_size = rows_per_batch, world_size
         self.rows_per_step = rows_per_step or world_size * accumulation * rows_per_batch
         self._cached: tuple[int, list[np.ndarray]] = (-1, [])
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_kernels import KERNELS, PACKAGES, flash_attn_2, on_a_gpu_alone
+from attention_kernels import KERNELS, PACKAGES, flash_attn_2
 from oracle import KINDS, VOCABULARY, assert_same_gradients, tiny_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,7 +19,6 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from ibft import InputError, document_attention
 from ibft.architecture import CausalLM
-from ibft.attention import Attention
 from ibft.cli import main
 from ibft.data import Lengths, collate, document_lengths
 from ibft.data.encoded import Document
@@ -235,20 +234,6 @@ def test_runs_with_every_attention_learn_the_same(base_folder: Path, tasks_file:
         for name in ("sdpa", "eager"):
             assert found[packing, name] == pytest.approx(found[packing, "varlen"], rel=1e-5)
     assert found["none", "varlen"][0] != found["best-fit", "varlen"][0]  # other documents share a step
-
-
-@pytest.mark.parametrize("by_document", [False, True])
-@pytest.mark.parametrize("kind", ["llama", "gemma2"])
-def test_a_trained_model_is_left_with_an_attention_for_anything(
-    kind: str, by_document: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = tiny_model(kind)
-    flash = registered("flash_attention_2", on_a_gpu_alone, monkeypatch)
-    chosen = Attention(BY_DOCUMENT if by_document else flash, "installed")
-    model.set_attn_implementation(chosen.implementation)
-    chosen.leave(model)
-    assert model.config._attn_implementation == ("eager" if kind == "gemma2" else "sdpa")
-    model(input_ids=torch.tensor([[1, 2]]), attention_mask=torch.tensor([[0, 1]]))
 
 
 def test_values_that_are_narrower_than_keys_are_padded_for_flash_attn(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import os
 from datetime import timedelta
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -59,15 +60,17 @@ class Distributed(Engine):
     def _check_outline(self, model: nn.Module) -> None:
         """Raises InputError where the ranks' models differ in more than weights, which a broadcast would mix up."""
         outline = [
-            (name, tuple(tensor.shape), str(tensor.dtype), tensor.requires_grad)
+            f"{name} {list(tensor.shape)} in {str(tensor.dtype).removeprefix('torch.')}"
+            + ", trained" * tensor.requires_grad
             for name, tensor in [*model.named_parameters(), *model.named_buffers()]
         ]
         if (found := self.differing(outline)) is not None:
-            _, its, mains = found
-            unlike = next((pair for pair in zip(its, mains, strict=False) if pair[0] != pair[1]), "their number")
+            rank, its, mains = found
+            pairs = zip_longest(its, mains, fillvalue="no more")
+            own, main = next((own, main) for own, main in pairs if own != main)
             raise InputError(
-                f"the base model's files do not give the model that its config.json describes ({unlike} differ), so "
-                f"it cannot be sharded by {self.name}; train it with --engine ddp."
+                f"the base model's files do not give the model that its config.json describes (process {rank} has "
+                f"{own}, the main one {main}), so it cannot be sharded by {self.name}; train it with --engine ddp."
             )
 
     def _receive(self, module: nn.Module) -> None:

@@ -46,7 +46,7 @@ def test_processes_that_build_another_model_are_told(
         before=planted.another_outline,
     )
     assert training.wait() == [2, 2]
-    assert "do not give the model that its config.json describes" in training.output()
+    assert "do not give the model that its config.json describes (process 1 has " in training.output()
 
 
 @pytest.mark.parametrize(

@@ -33,8 +33,11 @@ def lora_config(config: TrainConfig) -> LoraConfig:
     from peft import LoraConfig  # imports torch and transformers
 
     path = config.adapter_config
-    common: dict[str, Any] = {"task_type": "CAUSAL_LM", "inference_mode": False}
-    common["base_model_name_or_path"] = config.base_model
+    common: dict[str, Any] = {
+        "task_type": "CAUSAL_LM",
+        "inference_mode": False,
+        "base_model_name_or_path": config.base_model,
+    }
     if path is None:
         modules = config.lora_target_modules
         return LoraConfig(

@@ -121,13 +121,12 @@ def _check_unpacked(positions: Tensor | None) -> None:
 
 def _by_kernel(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scores: _Scores) -> Tensor:
     """torch's own flash attention, [B*T, heads, D] each; softcap and dropout are refused for it above."""
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"scale": scores.scale, "window_size": _span(scores)}
     if (groups := query.shape[1] // key.shape[1]) > 1:
         if _KERNEL_TAKES_GROUPS:
             options["enable_gqa"] = True
         else:
             key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    options |= {"scale": scores.scale, "window_size": _span(scores)}
     output = varlen_attn(query, key, value, bounds, bounds, longest, longest, **options)
     return cast(Tensor, output)  # without return_aux
 

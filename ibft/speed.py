@@ -80,19 +80,22 @@ class Speedometer:
         steps = len(window)
         tokens = sum(record.num_tokens for record in window)
         flops = [self._flops(record) for record in window]
-        found: dict[str, Any] = {"seconds": seconds / steps}
-        found |= {f"{phase}_seconds": phases[phase] / steps for phase in PHASES}
-        found["tokens_per_second"] = round(tokens / seconds, 1)
-        found["mfu"] = None
+        mfu = None
         if run.peak.tflops is not None and None not in flops:
-            found["mfu"] = sum(flops) / (seconds * run.engine.world_size * run.peak.tflops * 1e12)  # type: ignore[arg-type]
-        found["peak_memory_gib"] = round(memory / 1024, 3)
+            mfu = sum(flops) / (seconds * run.engine.world_size * run.peak.tflops * 1e12)  # type: ignore[arg-type]
+        measured = {
+            "seconds": seconds / steps,
+            **{f"{phase}_seconds": phases[phase] / steps for phase in PHASES},
+            "tokens_per_second": round(tokens / seconds, 1),
+            "mfu": mfu,
+            "peak_memory_gib": round(memory / 1024, 3),
+        }
         return [
             {
                 "padding": 1 - record.num_tokens / record.positions,
                 "masked": 1 - record.num_labels / record.num_tokens,
                 "flops": step_flops,
-                **found,
+                **measured,
             }
             for record, step_flops in zip(window, flops, strict=True)
         ]

@@ -17,23 +17,22 @@ class Validation:
     """The held-out documents, packed as the training's are. Draws no random number: a run goes on as without it."""
 
     def __init__(self, run: "Run", data: EncodedDataset) -> None:
-        config, engine = run.config, run.engine
-        self.data, self._tokenizer, self._engine = data, run.tokenizer, engine
-        self._every, self._last = config.eval_steps or run.plan.steps_in_epoch(0), run.total_steps
-        self._lengths, self._dtype = run.attention.lengths, run.dtype
+        config = run.config
+        self._run, self._data = run, data
+        self._every = config.eval_steps or run.plan.steps_in_epoch(0)
         self._plan = BatchPlan(
             data.lengths,
             max_length=config.max_length,
             packing=config.packing,
             rows_per_batch=config.rows_per_batch,
             accumulation=1,
-            world_size=engine.world_size,
+            world_size=run.engine.world_size,
             seed=0,
         )
 
     def is_due(self, done: int) -> bool:
         """Whether to evaluate after `done` optimizer steps: each eval_steps, or each epoch; always at the end."""
-        return done % self._every == 0 or done == self._last
+        return done % self._every == 0 or done == self._run.total_steps
 
     @torch.no_grad()
     def loss(self, model: nn.Module, signals: StopSignals) -> float | None:
@@ -41,23 +40,24 @@ class Validation:
 
         None where one of them has been told to stop: whoever told it may not wait for the rest of the batches.
         """
-        num_labels = int(self.data.label_tokens.sum())
-        total = torch.zeros((), device=self._engine.device)
+        run, engine = self._run, self._run.engine
+        num_labels = int(self._data.label_tokens.sum())
+        total = torch.zeros((), device=engine.device)
         stopped = False
         training = model.training
         model.eval()
         for batch in load_batches(
-            self.data,
+            self._data,
             self._plan,
             range(self._plan.steps_in_epoch(0)),
-            rank=self._engine.rank,
-            device=self._engine.device,
-            tokenizer=self._tokenizer,
-            lengths=self._lengths,
+            rank=engine.rank,
+            device=engine.device,
+            tokenizer=run.tokenizer,
+            lengths=run.attention.lengths,
         ):
-            if stopped := self._engine.highest(signals.received) > 0:
+            if stopped := engine.highest(signals.received) > 0:
                 break
-            with autocast(self._engine.device, self._dtype):
+            with autocast(engine.device, run.dtype):
                 total += model(**batch, num_items_in_batch=num_labels, return_stats=False).loss
         model.train(training)
-        return None if stopped else float(self._engine.sum(total).item())
+        return None if stopped else float(engine.sum(total).item())

@@ -207,7 +207,7 @@ class IBModel(PeftModelForCausalLM):
         num_labels = (positions.targets != -100).sum()
         num_items = _count(num_labels if num_items_in_batch is None else num_items_in_batch, last)
         result = linear_cross_entropy(
-            positions.of(last),
+            positions.of(last.flatten(0, 1)),
             parts.head.weight,
             positions.targets,
             bias=parts.head.bias,
@@ -223,12 +223,11 @@ class IBModel(PeftModelForCausalLM):
             if not torch.compiler.is_compiling():
                 terms["logits"] = DeferredLogits(last, parts)
         if bottleneck is not None and self.ib_config is not None and self.objective is not None:
-            hidden = self._tap.take() if self._tap.attached else last
-            rows = torch.arange(labels.numel(), device=labels.device) if noise_rows is None else noise_rows
+            hidden = self._tapped(last).flatten(0, 1)  # [B*T, H]
+            rows = torch.arange(labels.numel(), device=labels.device) if noise_rows is None else noise_rows.reshape(-1)
             mask = _token_mask(token_mask, attention_mask, labels)
             if by_label := self.ib_config.kl_tokens == "labels":  # the other positions are not needed at all
-                mask = positions.targets != -100
-            hidden, rows = self._tapped(hidden, rows.reshape(-1, 1), positions if by_label else None)
+                hidden, rows, mask = positions.of(hidden), positions.of(rows), positions.targets != -100
             z, token_kl = bottleneck(hidden, rng=noise_rng, rows=rows)  # [N, K], [N]
             kl_sum = torch.where(mask, token_kl, 0).sum()
             if torch.is_grad_enabled():
@@ -324,10 +323,9 @@ class IBModel(PeftModelForCausalLM):
             "GPUs: start the script with torchrun or accelerate launch, or show it one GPU (CUDA_VISIBLE_DEVICES=0)."
         )
 
-    def _tapped(
-        self, hidden: Tensor | None, rows: Tensor, positions: "_LabelPositions | None"
-    ) -> tuple[Tensor, Tensor]:
-        """The bottleneck's input [N, H] and noise rows [N], at the given positions or at all. Raises InputError."""
+    def _tapped(self, last: Tensor) -> Tensor:
+        """The target layer's hidden states, those of the top one being `last`; InputError if they take no gradient."""
+        hidden = self._tap.take() if self._tap.attached else last
         if hidden is None:
             raise RuntimeError(
                 "the target layer did not run; were the decoder's layers replaced after IBModel was made?"
@@ -338,9 +336,7 @@ class IBModel(PeftModelForCausalLM):
                 "below the target layer is trainable, or reentrant activation checkpointing runs over frozen "
                 "embeddings (call enable_input_require_grads(), or use_reentrant=False)."
             )
-        if positions is None:
-            return hidden.reshape(-1, hidden.shape[-1]), rows[:, 0]
-        return positions.of(hidden), positions.of(rows)[:, 0]
+        return hidden
 
 
 class _LabelPositions(NamedTuple):
@@ -350,9 +346,8 @@ class _LabelPositions(NamedTuple):
     targets: Tensor
 
     def of(self, tensor: Tensor) -> Tensor:
-        """[B, T, D] or [B*T, D] -> [M, D]."""
-        flat = tensor.reshape(-1, tensor.shape[-1])
-        return flat if self.indices is None else flat.index_select(0, self.indices)
+        """[B*T, ...] -> [M, ...]."""
+        return tensor if self.indices is None else tensor.index_select(0, self.indices)
 
 
 def _label_positions(labels: Tensor, indices: Tensor | None) -> _LabelPositions:

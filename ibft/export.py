@@ -5,7 +5,6 @@ Whatever can be refused is refused before a model is loaded; the output folder a
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -191,8 +190,8 @@ def _check_repository(name: str) -> None:
 
 
 def _token() -> str:
-    token = os.environ.get("HF_TOKEN") or os.environ.get("HUGGINGFACE_TOKEN") or get_token()
-    if not token:
+    token = get_token()  # that of HF_TOKEN or of a login; `ibft` puts HUGGINGFACE_TOKEN into HF_TOKEN
+    if token is None:
         raise InputError(
             "--push_to_hub needs a token that may write: set HF_TOKEN (or HUGGINGFACE_TOKEN), or run `hf auth login`."
         )

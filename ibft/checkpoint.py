@@ -7,15 +7,14 @@ with their digests. Weights and optimizer state are whole tensors by name.
 import dataclasses
 import hashlib
 import json
-import pickle
 import re
 import shutil
+import socket
 from collections.abc import Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -23,7 +22,7 @@ from ibft.config import TrainConfig
 from ibft.engines import Engine
 from ibft.errors import InputError
 from ibft.flags import REQUIRED, default_of
-from ibft.model import HEAD_NAME, IBModel
+from ibft.model import IBModel
 from ibft.objective import STATE_NAME, IBConfig
 from ibft.run_folder import MARK_NAME, checkpoints, flush, flush_folder, remove_checkpoint, write_json
 
@@ -114,22 +113,27 @@ def check_run(checkpoint: Checkpoint, run: dict[str, Any], unknown: Set[str] = f
         raise InputError(f"{checkpoint.path} is of a different run; resuming would mix them: {'; '.join(differences)}.")
 
 
+def check_shared(checkpoint: Checkpoint) -> None:
+    """Raises InputError on a machine that does not have the checkpoint, of which every process reads its part."""
+    if not (checkpoint.path / MARK_NAME).is_file():
+        raise InputError(
+            f"{checkpoint.path} is not to be found on {socket.gethostname()}; the machines of a run that is resumed "
+            "must share its output_dir."
+        )
+
+
 def load_weights(checkpoint: Checkpoint, model: IBModel) -> None:
-    """Adapter and bottleneck into a model that is not distributed yet. Raises InputError when they cannot be read."""
-    if model.bottleneck is not None and not (checkpoint.path / HEAD_NAME).is_file():
-        raise InputError(f"{checkpoint.path} has no {HEAD_NAME}. {_TAKE_ANOTHER}")
+    """Adapter and bottleneck into a model that is not distributed yet."""
     device = next(model.parameters()).device
-    try:
-        model.load_adapter(checkpoint.path, "default", is_trainable=True, torch_device=str(device))
-    except (OSError, SafetensorError, RuntimeError) as error:  # cut off, or weights of another shape
-        raise InputError(f"the adapter in {checkpoint.path} cannot be read: {error}. {_TAKE_ANOTHER}") from error
+    model.load_adapter(checkpoint.path, "default", is_trainable=True, torch_device=str(device))
 
 
 def load_state(
     checkpoint: Checkpoint, engine: Engine, model: IBModel, optimizer: Optimizer, schedule: LRScheduler
 ) -> None:
-    """Optimizer, schedules and this rank's random generators. Raises InputError when they cannot be read."""
-    state = engine.on_all(lambda: _read_state(checkpoint.path / _STATE_NAME))
+    """Optimizer, schedules and this rank's random generators."""
+    # Mapped, because every rank reads its part.
+    state = torch.load(checkpoint.path / _STATE_NAME, map_location="cpu", weights_only=True, mmap=True)
     if model.objective is not None and model.objective.varies:
         model.objective.load(checkpoint.path / STATE_NAME)
     engine.load_optimizer_state(model, optimizer, state["optimizer"])
@@ -141,14 +145,6 @@ def load_state(
         torch.set_rng_state(generators["cpu"].clone())
         if engine.device.type == "cuda" and "cuda" in generators:
             torch.cuda.set_rng_state(generators["cuda"].clone(), engine.device)
-
-
-def _read_state(file: Path) -> dict[str, Any]:
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)  # every rank reads its part
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        reason = str(error).partition(".")[0] or type(error).__name__
-        raise InputError(f"{file} cannot be read: {reason}. {_TAKE_ANOTHER}") from error
 
 
 def _generators(engine: Engine) -> dict[str, torch.Tensor]:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 from ibft.adapter import lora_config
 from ibft.architecture import CausalLM, default_target_layer
 from ibft.attention import Attention, select_attention
-from ibft.checkpoint import Checkpoint, check_run, load_state, load_weights, newest_checkpoint, shown
+from ibft.checkpoint import Checkpoint, check_run, check_shared, load_state, load_weights, newest_checkpoint, shown
 from ibft.config import TrainConfig
 from ibft.data import BatchPlan, EncodedDataset, document_lengths, load_data
 from ibft.data.sources import refuse_among_data
@@ -102,6 +102,8 @@ def set_up(config: TrainConfig, engine: Engine) -> Run:
         refuse_among_data(output, name)
     # None too for a run that was cut off before its first checkpoint.
     saved = engine.share(engine.on_main(newest_checkpoint, output)) if config.resume else None
+    if saved is not None:
+        engine.on_all(lambda: check_shared(saved))
     base_config, dtype = load_base_config(config.base_model), resolve_dtype(config.dtype, engine.device)
     check_optional_packages(liger=config.liger, load_in_4bit=config.load_in_4bit, base_config=base_config)
     attention = select_attention(

@@ -12,7 +12,7 @@ from processes import Training
 from safetensors.torch import load_file
 
 import ibft.train
-from ibft.checkpoint import newest_checkpoint
+from ibft.checkpoint import Checkpoint, check_shared, newest_checkpoint
 from ibft.cli import main
 from ibft.engines import Engine
 from ibft.errors import InputError
@@ -273,6 +273,12 @@ def test_a_mark_that_is_damaged(interrupted: tuple[str, Path]) -> None:
     (newest / "checkpoint.json").write_text('{"step": 4}')
     with pytest.raises(InputError, match=r"checkpoint.json cannot be read: .*Remove that checkpoint to continue from"):
         newest_checkpoint(out)
+
+
+def test_a_machine_that_does_not_have_the_checkpoint(tmp_path: Path) -> None:
+    elsewhere = Checkpoint(tmp_path / "checkpoint-4", step=4, run={}, rows_per_process=2, files={})
+    with pytest.raises(InputError, match=r"checkpoint-4 is not to be found on .*must share its output_dir"):
+        check_shared(elsewhere)
 
 
 def test_a_folder_without_its_mark_is_no_checkpoint(interrupted: tuple[str, Path]) -> None:

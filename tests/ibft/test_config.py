@@ -299,6 +299,7 @@ def test_notices():
     assert notices("--method sft --alpha 0.5 --encoder lora") == [
         "--alpha, --encoder: no effect, because --method sft trains without a bottleneck."
     ]
+    assert notices("--save_strategy no --save_steps 5") == ["--save_steps: no effect with save_strategy no."]
     assert "current folder" in notices("--output_dir ./")[0]
 
 

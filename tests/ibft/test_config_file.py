@@ -314,3 +314,12 @@ def test_the_configuration_of_a_run_repeats_it(base_folder, tasks_file, tmp_path
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
     assert main(["train", "--config", "again.json", "--output_dir", "third", "--sed", "1"]) == 2
     assert "Did you mean --seed?" in capsys.readouterr().err
+
+
+def test_a_file_that_says_nothing_and_a_dataset_that_is_none(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("# to be filled in\n")
+    assert read_config_file(str(file), TrainConfig) == {}
+    file.write_text("base_model: m\ndataset: []\n")
+    with pytest.raises(InputError, match="--dataset must name at least one dataset"):
+        parse_args(["--config", str(file)])

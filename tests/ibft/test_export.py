@@ -242,6 +242,15 @@ def test_a_base_model_that_has_moved(trained: Path, tmp_path: Path, capsys: pyte
     assert "base_model: Org/Base" in (tmp_path / "named" / "README.md").read_text()
 
 
+def test_no_base_model_is_named(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    get_peft_model(base_of(trained), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "plain")
+    file = tmp_path / "plain" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": None}))
+    assert export(tmp_path / "plain", tmp_path / "out", "--merge") == 2
+    assert f"{file} names no base model; name it with --base_model." in capsys.readouterr().err
+    assert names(tmp_path) == {"plain"}
+
+
 def test_another_base_model(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(trained / "base", tmp_path / "other")
     model = base_of(trained)

@@ -19,7 +19,7 @@ from oracle import (
     tiny_model,
     wrap,
 )
-from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
@@ -236,6 +236,33 @@ def test_a_model_already_wrapped() -> None:
         wrap(wrapped, config())
 
 
+def test_a_base_folder_that_holds_an_adapter(tmp_path: Path) -> None:
+    """transformers loads it without a word."""
+    base = tiny_model("llama")
+    base.save_pretrained(tmp_path)
+    get_peft_model(base, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="the base model's folder holds an adapter"):
+        wrap(AutoModelForCausalLM.from_pretrained(tmp_path), config())
+
+
+def test_unloaded_the_base_model_is_as_it_was() -> None:
+    base = tiny_model("llama")
+    names, ids = set(base.state_dict()), random_batch()["input_ids"]
+    logits = base(ids).logits
+    model = wrap(base, config())
+    assert model.unload() is base
+    assert set(base.state_dict()) == names and torch.equal(base(ids).logits, logits)
+    assert not any(module._forward_hooks for module in base.modules())
+
+
+def test_layers_that_were_replaced() -> None:
+    model = wrap(tiny_model("llama"), config())
+    layers = CausalLM.of(model.get_base_model()).layers
+    layers[1] = copy.deepcopy(layers[0])
+    with pytest.raises(RuntimeError, match=r"the target layer did not run; were the decoder's layers replaced"):
+        model(**random_batch(), noise_rng=RNG)
+
+
 def test_logits_that_the_head_alone_does_not_give() -> None:
     class Shifted(type(tiny_model("llama"))):  # type: ignore[misc]
         def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -274,12 +301,14 @@ def test_tapped_states_without_gradient() -> None:
 
 
 def test_adapters_whose_forward_our_loss_would_pass_by() -> None:
-    """AdaLoRA adds a term to the loss there, aLoRA tells its layers where to begin."""
+    """AdaLoRA adds a term to the loss there, aLoRA tells its layers where to begin, a prompt is input."""
     base = tiny_model("llama")
     names = set(base.state_dict())
     adalora = AdaLoraConfig(total_step=10, target_modules=["q_proj"], task_type="CAUSAL_LM")
     with pytest.raises(InputError, match="AdaLoraModel changes what the model's forward returns"):
         IBModel.from_base(base, adalora, config())
+    with pytest.raises(InputError, match=r"peft_type .*PROMPT_TUNING learns a prompt"):
+        IBModel.from_base(base, PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"), config())
     with pytest.raises(InputError, match="alora_invocation_tokens"):
         wrap(base, None, target_modules=["q_proj"], alora_invocation_tokens=[7])
     assert set(base.state_dict()) == names

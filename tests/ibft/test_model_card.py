@@ -104,6 +104,12 @@ def test_validation() -> None:
     assert "training data; eval_loss on the validation data:" in text
 
 
+def test_variants_of_lora() -> None:
+    assert "with use_" not in render_card(RECORD, "run")
+    adapter = {**RECORD["adapter"], "use_rslora": True, "use_dora": True}
+    assert "with use_rslora, use_dora." in render_card({**RECORD, "adapter": adapter}, "run")
+
+
 def test_a_merged_models_card() -> None:
     text = render_card(RECORD, "merged", dtype="bfloat16")
     card = ModelCard(text)

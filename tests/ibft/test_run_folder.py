@@ -15,7 +15,16 @@ from processes import Training
 
 from ibft.cli import main
 from ibft.errors import InputError
-from ibft.run_folder import LOCK_NAME, hold_output
+from ibft.run_folder import (
+    LOCK_NAME,
+    RECORD_NAME,
+    clear_output,
+    hold_output,
+    prepare_output,
+    trim_metrics,
+    write_json,
+)
+from ibft.tracking import TENSORBOARD_FOLDER
 
 QUICK = "--max_length 64 --bottleneck_dim 8 --lora_r 2 --max_steps 4"
 
@@ -100,3 +109,31 @@ def test_a_full_disk_is_named_before_anything_expensive(tmp_path: Path, monkeypa
     ):
         raise AssertionError("the run must not begin")
     assert not out.exists()
+
+
+def test_a_run_that_ended_before_its_first_checkpoint(tmp_path: Path) -> None:
+    write_json(tmp_path / RECORD_NAME, {"result": None})
+    with pytest.raises(
+        InputError, match=r"holds a run that ended before its first checkpoint; pass --resume or --over"
+    ):
+        prepare_output(tmp_path, overwrite=False, resume=False)
+    prepare_output(tmp_path, overwrite=False, resume=True)
+
+
+def test_an_earlier_runs_events_are_removed_and_nothing_beside_them(tmp_path: Path) -> None:
+    folder = tmp_path / TENSORBOARD_FOLDER
+    folder.mkdir()
+    for name in ("events.out.tfevents.1", "other"):
+        (folder / name).touch()
+    clear_output(tmp_path)
+    assert [path.name for path in folder.iterdir()] == ["other"]
+
+
+@pytest.mark.parametrize("last", ["", '{"step": 3, "lo', '{"step": 3}\n{"step": 4}\n'])
+def test_metrics_end_where_a_resumed_run_begins(tmp_path: Path, last: str) -> None:
+    file = tmp_path / "metrics.jsonl"
+    trim_metrics(file, 2)
+    assert not file.exists()
+    file.write_text('{"step": 1}\n{"step": 2}\n' + last)
+    trim_metrics(file, 2)
+    assert file.read_text() == '{"step": 1}\n{"step": 2}\n'

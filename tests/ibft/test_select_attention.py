@@ -153,6 +153,12 @@ def test_heads_that_torchs_kernel_does_not_take(width: int, gpu: Callable[..., N
     assert f"its kernel takes heads of a multiple of 8 dimensions up to 256, not {width}" in chosen.reason
 
 
+def test_values_of_another_width_are_taken_one_by_one(gpu: Callable[..., None]) -> None:
+    gpu((8, 0))
+    chosen = select(config=AutoConfig.for_model("deepseek_v3"))
+    assert chosen.implementation == BY_DOCUMENT and "it needs keys and values of the same width" in chosen.reason
+
+
 def test_sinks_are_left_to_eager(gpu: Callable[..., None]) -> None:
     gpu((9, 0), "flash_attention_2")
     sinks = AutoConfig.for_model("gpt_oss")

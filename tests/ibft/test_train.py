@@ -13,6 +13,7 @@ import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import ibft.train
 from ibft.cli import main
@@ -424,3 +425,28 @@ def test_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["trian"]) == 2
     assert "'trian' is not a command" in capsys.readouterr().err
     assert main(["lab", "demos"]) == 2
+
+
+def test_a_mixture_of_experts(
+    run: Callable[..., int], base_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Which of its parameters a token meets its router decides, so no FLOPs are counted."""
+    shutil.copytree(base_folder, tmp_path / "experts")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_local_experts": 2}
+    vocabulary = AutoConfig.from_pretrained(base_folder).vocab_size
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    settings = AutoConfig.for_model("mixtral", vocab_size=vocabulary, **heads, **sizes)
+    AutoModelForCausalLM.from_config(settings).save_pretrained(tmp_path / "experts")
+    assert run("out", "--lora_target_modules q_proj --free_bits 0.5", base=tmp_path / "experts") == 0
+    printed = capsys.readouterr().out
+    assert "no MFU: the FLOPs of a mixture of experts depend on its router" in printed
+    assert "by the size of the model, which there is no estimate for" in printed
+    assert "0.5 nats of KL per token free" in printed
+    assert all(record["flops"] is None and record["mfu"] is None for record in records(tmp_path / "out"))
+
+
+def test_names_of_modules_by_a_regular_expression(run: Callable[..., int], tmp_path: Path) -> None:
+    file = tmp_path / "adapter.json"
+    file.write_text(json.dumps({"r": 4, "target_modules": r".*\.1\..*q_proj"}))
+    assert run("out", f"--target_layer 2 --adapter_config {file}") == 0
+    assert all(".layers.1." in name for name in load_file(tmp_path / "out" / "adapter_model.safetensors"))

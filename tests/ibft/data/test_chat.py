@@ -253,6 +253,11 @@ def test_a_template_whose_prompt_of_inference_leads_elsewhere_is_refused(chat_to
         ("{{ raise_exception('roles must alternate') }}", say("u:q", "a:x"), "roles must alternate"),
         (CHATML.replace("m['content']", "m['nothing']"), say("u:q", "a:x"), "chat template refuses it"),
         ("{% for m in messages %}{{ m.role }}{% endfor %}", say("u:q", "a:x"), "does not write the content"),
+        (
+            CHATML + "{{ '!' if messages[-1].content == 'x' }}",
+            say("u:q", "a:x"),
+            "the end of an answer cannot be found",
+        ),
     ],
 )
 def test_what_a_template_refuses_names_the_row(chat_tokenizer, template, messages, message) -> None:
@@ -373,3 +378,9 @@ def test_a_run_on_conversations(base_folder, tasks_file, tmp_path, capsys) -> No
     shown = capsys.readouterr().out
     assert f"{chats}: {2 * (6 - held_out.get(str(chats), 0))} rows, weight 2" in shown
     assert "validation    " in shown
+
+
+def test_bos_that_the_template_cannot_be_asked_for(chat_tokenizer) -> None:
+    tokenizer = chat_tokenizer("{{ raise_exception('never') }}")
+    with pytest.raises(InputError, match=r"A conversation of one question and one answer: .*never"):
+        encode(rows_of(say("u:q", "a:x")), tokenizer, max_length=99, bos="no")

@@ -123,3 +123,20 @@ def test_csv_holds_no_messages(tmp_path, chat_tokenizer) -> None:
 def test_formats_are_those_of_trl(tmp_path, row) -> None:
     rows = load_rows(str(write(tmp_path / "a.jsonl", [row])))
     assert ("messages" in rows.column_names) == trl.is_conversational(row)
+
+
+def test_tools_of_a_typed_table_are_refused(tmp_path) -> None:
+    rows = datasets.Dataset.from_dict({"messages": [say("u:q", "a:x")], "tools": ["[]"]})
+    rows.to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=r"a\.parquet, row 0 .*column 'tools' holds '\[\]'"):
+        load_rows(str(tmp_path / "a.parquet"))
+
+
+def test_json_that_is_nested_too_deeply(tmp_path) -> None:
+    deep = "[" * 200_000
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "p", "code": "r"}}\n{{"text": {deep}\n')
+    with pytest.raises(InputError, match=r"a\.jsonl, line 2 is nested too deeply"):
+        load_rows(str(tmp_path / "a.jsonl"))
+    (tmp_path / "a.json").write_text(f"\n  {deep}")  # white space before a list is none of it
+    with pytest.raises(InputError, match=r"a\.json is nested too deeply"):
+        load_rows(str(tmp_path / "a.json"))

@@ -112,6 +112,11 @@ def test_a_split_by_name(load, tmp_path) -> None:
     assert (train, held_out) == (["t0", "t1"], ["v0"])
     with pytest.raises(InputError, match=r"no split 'test'; --validation_split can be 'train', 'validation', or a sh"):
         load([str(tmp_path / "d")], validation_split="test")
+    saved = {split: datasets.Dataset.from_dict({"text": [split], "code": ["r"]}) for split in ("train", "held_out")}
+    datasets.DatasetDict(saved).save_to_disk(tmp_path / "saved")
+    assert load([str(tmp_path / "saved")], validation_split="held_out")[:2] == (["train"], ["held_out"])
+    with pytest.raises(InputError, match=r"no split 'dev'; --validation_split can be 'held_out', 'train', or a share"):
+        load([str(tmp_path / "saved")], validation_split="dev")
 
 
 def test_a_split_of_the_hub(load, monkeypatch) -> None:
@@ -152,6 +157,10 @@ def test_a_dataset_to_validate_on(load, tmp_path, files) -> None:
     assert load(files[:1], validation_dataset=files[2])[1] == [f"d{i}" for i in range(5)]
     write(tmp_path / "v" / "validation.jsonl", ["v0"])
     assert load(files[:1], validation_dataset=str(tmp_path / "v"))[1] == ["v0"]
+    write(tmp_path / "two" / "train.jsonl", ["t0"])
+    write(tmp_path / "two" / "test.jsonl", ["t1"])
+    with pytest.raises(InputError, match=r"has the splits 'test', 'train', of which none is 'validation'"):
+        load(files, validation_dataset=str(tmp_path / "two"))
     with pytest.raises(InputError, match="is trained on; name another"):
         load(files, validation_dataset=files[1])
     empty = tmp_path / "empty.jsonl"
@@ -187,6 +196,11 @@ def test_datasets_of_different_format_are_named(load, tmp_path, files) -> None:
     [
         ([0, 0], {}, r"--dataset names .*a\.jsonl' twice; .*--dataset_weights"),
         ([0, 1], {"dataset_weights": [0.01, 1]}, r"weight 0\.01 gives no row to train on: its 10 rows times 0\.01"),
+        (
+            [0],
+            {"dataset_weights": [1e9]},
+            r"weight 1e\+09 makes 1e\+10 examples of its 10 rows; an epoch holds at most",
+        ),
         ([0], {"validation_split": "10"}, r"--validation_split 10 holds out 10 rows, and the data has 10"),
         ([0], {"validation_split": "validation"}, r"no split 'validation'; --validation_split can be 'train'"),
     ],

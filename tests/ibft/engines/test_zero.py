@@ -66,6 +66,8 @@ def test_a_buffer_that_is_too_small_stays_so() -> None:
     """It is a user's to say how often gradients are sent."""
     config = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 5e3}}
     assert fit_bucket(config, 20_000) == [] and config["zero_optimization"]["reduce_bucket_size"] == 5000
+    assert fit_bucket(config, 4000)[0].startswith("zero_optimization.reduce_bucket_size is 5,000, set to 4,000 (by ")
+    assert config["zero_optimization"]["reduce_bucket_size"] == 4000
 
 
 def zero(tmp_path: Path, values: dict[str, Any], **options: Any) -> tuple[dict[str, Any], list[str]]:

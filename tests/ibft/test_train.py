@@ -13,7 +13,7 @@ import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import ibft.train
 from ibft.cli import main
@@ -450,3 +450,16 @@ def test_names_of_modules_by_a_regular_expression(run: Callable[..., int], tmp_p
     file.write_text(json.dumps({"r": 4, "target_modules": r".*\.1\..*q_proj"}))
     assert run("out", f"--target_layer 2 --adapter_config {file}") == 0
     assert all(".layers.1." in name for name in load_file(tmp_path / "out" / "adapter_model.safetensors"))
+
+
+def test_a_tokenizer_of_several_chat_templates(run: Callable[..., int], base_folder: Path, tmp_path: Path) -> None:
+    """Which it keeps in a folder; a second run replaces that too."""
+    shutil.copytree(base_folder, tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    tokenizer.chat_template = {"default": "{{ messages[0].content }}", "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(tmp_path / "base")
+    folder = tmp_path / "out" / "additional_chat_templates"
+    assert run("out", base=tmp_path / "base") == 0
+    (folder / "tool_use.jinja").write_text("of another run")
+    assert run("out", "--overwrite", base=tmp_path / "base") == 0
+    assert [file.read_text() for file in folder.iterdir()] == ["{{ tools }}"]

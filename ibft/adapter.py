@@ -6,10 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ibft.config_file import read_json_object
+from ibft.config_file import is_empty, read_json_object
 from ibft.errors import InputError
 from ibft.flags import did_you_mean
-from ibft.legacy import is_empty
 
 if TYPE_CHECKING:
     from peft import LoraConfig

@@ -101,15 +101,15 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
     return checkpoint
 
 
-def check_run(checkpoint: Checkpoint, run: dict[str, Any], unknown: Set[str] = frozenset()) -> None:
+def check_run(checkpoint: Checkpoint, identity: dict[str, Any], unknown: Set[str]) -> None:
     """Raises InputError where configuration or data differ in what shapes the run, with the differences.
 
-    What is `unknown` of the run is not compared.
+    What is `unknown` of its identity is not compared.
     """
     before = {**_defaults(TrainConfig), **checkpoint.run}
     if before.get("ib") is not None:
         before["ib"] = {**_defaults(IBConfig), **before["ib"]}
-    if differences := _differences(before, run, unknown):
+    if differences := _differences(before, identity, unknown):
         raise InputError(f"{checkpoint.path} is of a different run; resuming would mix them: {'; '.join(differences)}.")
 
 

@@ -55,6 +55,11 @@ def read_json_object(path: str | Path) -> dict[str, Any]:
     return _object(path, _parse_json(path, _read_text(path)), dict)
 
 
+def is_empty(value: object) -> bool:
+    """The ways in which a JSON file says "nothing"; 0 is a number, not nothing."""
+    return value is None or value is False or value in ("", [], {})
+
+
 def _read_text(path: str | Path) -> str:
     """The text of a file, ~ understood; InputError if it cannot be read."""
     try:

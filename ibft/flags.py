@@ -301,7 +301,7 @@ def _underscored(argument: str) -> str:
 
 
 def _is_required(field: dataclasses.Field[Any]) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    return default_of(field) is REQUIRED
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ibft.config_file import read_json_object
+from ibft.config_file import is_empty, read_json_object
 from ibft.errors import InputError
 from ibft.flags import REQUIRED, default_of, did_you_mean
 
@@ -243,11 +243,6 @@ def _typed(path: str | Path, name: str, value: object, kind: type) -> Any:
 
 def _is_default(name: str, value: object, default: object) -> bool:
     return value == default or (is_empty(value) and is_empty(default)) or value in AS_GOOD_AS_DEFAULT.get(name, ())
-
-
-def is_empty(value: object) -> bool:
-    """The ways in which a JSON file says "nothing"; 0 is a number, not nothing."""
-    return value is None or value is False or value in ("", [], {})
 
 
 def _known_defaults() -> dict[str, Any]:

@@ -6,10 +6,9 @@ A setting that DeepSpeed would follow and we cannot vouch for is refused, so tha
 from typing import Any
 
 from ibft.config import TrainConfig
-from ibft.config_file import read_json_object
+from ibft.config_file import is_empty, read_json_object
 from ibft.engines.base import Kind
 from ibft.errors import InputError
-from ibft.legacy import is_empty
 
 DEFAULT: dict[str, Any] = {"zero_optimization": {"stage": 2}}
 KINDS: dict[int, Kind] = {1: "zero1", 2: "zero2", 3: "zero3"}  # by stage

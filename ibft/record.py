@@ -103,7 +103,7 @@ def run_record(run: "Run", result: dict[str, Any] | None) -> dict[str, Any]:
         "config": run.config.to_dict(),
         "ib": None if run.model.ib_config is None else asdict(run.model.ib_config),
         "adapter": run.identity["adapter"],
-        "base": run.base_fingerprint,
+        "base": run.identity["base"],
         "prompt_format": run.data.prompt_format,
         "data": {"fingerprint": run.data.fingerprint, **asdict(run.data.report), "summary": run.data.report.lines()},
         "validation": None

@@ -71,7 +71,6 @@ class Run:
     wrapped: nn.Module  # what is called
     optimizer: AdamW
     schedule: LRScheduler
-    base_fingerprint: str
     identity: dict[str, Any]  # what a resumed run must match
     start_step: int
     total_steps: int
@@ -115,11 +114,11 @@ def set_up(config: TrainConfig, engine: Engine) -> Run:
         compiled=config.compile,
     )
     adapter = lora_config(config)
+
     tokenizer = load_tokenizer(config.base_model)
     data, validation = engine.on_all(lambda: load_data(config, tokenizer))
-    _check_alike(
-        engine, {"data": data.fingerprint, "validation": None if validation is None else validation.fingerprint}
-    )
+    fingerprints = {"data": data.fingerprint, "validation": None if validation is None else validation.fingerprint}
+    _check_alike(engine, fingerprints)
     plan = _plan(config, engine, data, saved)
     total_steps = config.max_steps if config.max_steps > 0 else plan.total_steps(config.num_train_epochs)
     warmup_steps = config.warmup_steps or math.ceil(config.warmup_ratio * total_steps)
@@ -130,7 +129,7 @@ def set_up(config: TrainConfig, engine: Engine) -> Run:
     set_seed(config.seed % 2**32)
     base, base_fingerprint = engine.on_all(lambda: _load_base(config, engine, attention, dtype))
     base_fingerprint = engine.share(base_fingerprint)
-    parts = [data, *([] if validation is None else [validation])]
+    parts = [part for part in (data, validation) if part is not None]
     check_vocabulary(config.base_model, base, tokenizer, parts)
     check_table_of_positions(config.base_model, base, max(_longest_row(config, part) for part in parts))
     model = engine.on_all(lambda: _with_adapter(config, base, adapter, attention))
@@ -152,7 +151,8 @@ def set_up(config: TrainConfig, engine: Engine) -> Run:
     if checkpointing.on:
         model.enable_input_require_grads()  # the embeddings are frozen: without this no gradient would enter
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    identity = _identity(config, model, base_fingerprint, data, validation, plan, total_steps)
+
+    identity = _identity(config, model, {"base": base_fingerprint, **fingerprints}, plan, total_steps)
     if saved is not None:
         check_run(saved, identity, unknown={"base"} if config.dry_run else set())
         if not config.dry_run:
@@ -180,7 +180,6 @@ def set_up(config: TrainConfig, engine: Engine) -> Run:
         wrapped=wrapped,
         optimizer=optimizer,
         schedule=schedule,
-        base_fingerprint=base_fingerprint,
         identity=identity,
         start_step=start_step,
         total_steps=total_steps,
@@ -311,9 +310,7 @@ def _cost(model: IBModel) -> ModelCost | None:
 def _identity(
     config: TrainConfig,
     model: IBModel,
-    base_fingerprint: str,
-    data: EncodedDataset,
-    validation: EncodedDataset | None,
+    fingerprints: dict[str, str | None],
     plan: BatchPlan,
     total_steps: int,
 ) -> dict[str, Any]:
@@ -323,9 +320,7 @@ def _identity(
         **config.to_dict(),
         "ib": None if model.ib_config is None else asdict(model.ib_config),
         "adapter": {name: value for name, value in adapter.items() if name != "base_model_name_or_path"},
-        "base": base_fingerprint,
-        "data": data.fingerprint,
-        "validation": None if validation is None else validation.fingerprint,
+        **fingerprints,
         "rows_per_step": plan.rows_per_step,
         "total_steps": total_steps,
     }

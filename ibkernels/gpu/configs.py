@@ -153,7 +153,6 @@ _SHIPPED: dict[str, dict[int, list[tuple[int, dict[str, Config | None]]]]] = {
                 {
                     "default": _config(8, 2, BM=64, BV=32),
                     "sm_89": _config(8, 2, BM=64, BV=16),
-                    "sm_90": _config(16, 2, BM=64, BV=32),
                     "sm_100": None,  # none was found that spills nothing and multiplies by tcgen05
                     "gfx942": _config(8, 1, BM=32, BV=16),
                 },
@@ -183,7 +182,6 @@ _SHIPPED: dict[str, dict[int, list[tuple[int, dict[str, Config | None]]]]] = {
                 512,
                 {
                     "default": _config(8, 2, BM=64, BV=16),
-                    "sm_90": _config(16, 2, BM=64, BV=32),
                     "sm_100": None,
                     "gfx942": _config(4, 1, BM=64, BV=32),
                 },

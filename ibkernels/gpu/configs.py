@@ -127,7 +127,7 @@ _SHIPPED: dict[str, dict[int, list[tuple[int, dict[str, Config | None]]]]] = {
                 },
             ),
         ],
-        4: [(32, {"default": _config(4, 2, BM=32, BH=64)})],
+        4: [(32, {"default": _config(4, 2, BM=32, BH=64), "sm_80": _config(8, 2, BM=32, BH=64)})],
     },
     "cross_entropy_fwd": {
         2: [

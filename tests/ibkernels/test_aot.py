@@ -4,6 +4,7 @@ In subprocesses: here Triton's kernels are interpreted, there they are compiled.
 """
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,10 @@ from packaging.version import Version
 
 triton = pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
-# The table's configurations are those of Triton 3.7: 3.6 spills registers in a few of them.
-SPILLS = Version(triton.__version__) < Version("3.7")
+# The table's configurations were chosen with Triton 3.7. Others spill registers in a few of them, later ones not many.
+RELEASE = Version(triton.__version__).release[:2]
+CHOSEN_WITH = RELEASE == (3, 7)
+MOST_SPILLED = 32 if CHOSEN_WITH else math.inf if RELEASE < (3, 7) else 136  # bytes
 CHIPS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 
 
@@ -26,15 +29,15 @@ def aot(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def check_rows(rows: list[dict[str, Any]]) -> None:
     for row in rows:
-        faults = [fault for fault in row["faults"] if not (SPILLS and fault.startswith("spills"))]
+        faults = [fault for fault in row["faults"] if CHOSEN_WITH or not fault.startswith("spills")]
         assert faults == [] and row["registers"] > 0
-        assert SPILLS or (row["spill_bytes"] <= 32 and row["spills_in_loops"] == 0)
+        assert row["spill_bytes"] <= MOST_SPILLED and not (CHOSEN_WITH and row["spills_in_loops"])
         assert row["config"].keys() >= {"num_warps", "num_stages"}
 
 
 def test_one_shape_of_every_kernel_on_every_chip(tmp_path: Path) -> None:
     result = aot("--canonical", "--json", str(tmp_path / "rows.json"))
-    assert SPILLS or result.returncode == 0, result.stdout + result.stderr
+    assert not CHOSEN_WITH or result.returncode == 0, result.stdout + result.stderr
     rows = json.loads((tmp_path / "rows.json").read_text())
     check_rows(rows)
     kernels = {row["kernel"] for row in rows}
@@ -63,7 +66,7 @@ def test_the_other_options_of_every_kernel() -> None:
 @pytest.mark.timeout(1800)  # some 800 compilations
 def test_every_shipped_configuration(tmp_path: Path) -> None:
     result = aot("--json", str(tmp_path / "rows.json"))
-    assert SPILLS or result.returncode == 0, result.stdout + result.stderr
+    assert not CHOSEN_WITH or result.returncode == 0, result.stdout + result.stderr
     check_rows(json.loads((tmp_path / "rows.json").read_text()))
 
 
@@ -83,7 +86,7 @@ print(json.dumps(aot.compile_job(aot.Job(kernel, arch, dtype, width))))
         (("cross_entropy_fwd", "sm_90", "bf16", 256, 4, 2, {"BM": 128, "BV": 128}), "spills"),
         (("bottleneck_lora_fwd", "sm_80", "bf16", 256, 4, 8, {"BM": 128, "BK": 32, "BH": 128}), "shared memory"),
         (("bottleneck_lora_fwd", "sm_90", "bf16", 256, 4, 3, {"BM": 32, "BK": 32, "BH": 128}), "no wgmma"),
-        (("cross_entropy_fwd", "sm_100", "bf16", 512, 8, 1, {"BM": 128, "BV": 64}), "608 columns of tensor memory"),
+        (("cross_entropy_fwd", "sm_100", "bf16", 512, 8, 1, {"BM": 128, "BV": 64}), "columns of tensor memory of 512"),
     ],
     ids=["spills", "shared-memory", "no-matrix-instruction", "tensor-memory"],
 )

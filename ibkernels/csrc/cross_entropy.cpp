@@ -78,11 +78,12 @@ int64_t widened_words(int64_t width) {
   return std::clamp<int64_t>(kWidenedFloats / std::max<int64_t>(width, 1), 16, kWords);
 }
 
-// out = scale * grads [n, V] weight[:, column..], the columns of `out`; a bfloat16 head is widened by blocks of words.
+// out = scale * grads [n, V] weight[:, column..], the columns of `out`, by blocks of words, which a cache holds; a bfloat16
+// head is widened by smaller ones.
 void multiply_by_head(const Matrix& out, const Matrix& grads, const at::Tensor& weight, int64_t column, float scale) {
   const int64_t vocabulary = weight.size(0);
   const bool bfloat16 = element_of(weight) == Element::kBfloat16;
-  const int64_t block = bfloat16 ? widened_words(out.columns) : vocabulary;
+  const int64_t block = bfloat16 ? widened_words(out.columns) : kWords;
   const auto head_scratch = scratch(bfloat16 ? block * out.columns : 0);
   at::Tensor sum = tensor_of(out);
   for (int64_t word = 0; word < vocabulary; word += block) {

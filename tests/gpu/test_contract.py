@@ -115,10 +115,11 @@ def assert_same(one: Named, other: Named) -> None:
 
 
 @each_op
-def test_two_runs_agree_bit_for_bit(op: str) -> None:
+def test_runs_agree_bit_for_bit(op: str) -> None:
+    """Warps that do not wait for each other where they must would differ in some of many runs, not in each."""
     step = STEPS[op](SHAPE)
     first = step(rng_of(1))
-    for _ in range(2):
+    for _ in range(2 if DRY else 20):
         assert_same(first, step(rng_of(1)))
 
 
